@@ -1,0 +1,210 @@
+"""The transformer: a Llama-style decoder that returns the loss of every token.
+
+RMSNorm, rotary embeddings, SwiGLU, grouped-query attention, tied embeddings, no biases. It knows nothing of domains: it
+maps token ids (B, T + 1) to token losses (B, T), and whoever calls it decides how much each token counts.
+
+Dimensions: B sequences, T tokens, D width, H query heads, G key/value heads, E head size, F hidden width, V vocabulary.
+
+Parameters are kept in float32 and cast to the compute dtype where they are used, so that a frozen copy that is *stored*
+in the compute dtype gives the same losses to the bit, without the casts.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LOSS_CHUNK = 2**22  # logits alive at once in the loss: 16 MB of float32, which stays in a CPU's cache
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    block_size: int  # T, the context in tokens
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_ffn: int
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd {self.n_embd} must be n_head ({self.n_head}) times an even head size.")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head ({self.n_kv_head}).")
+
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, n_embd):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-5)
+
+
+def rotary_table(block_size, head_size, base=10_000.0):
+    """Cosines and sines of the rotary embedding (Su et al. 2021, eq. 34): (2, T, E / 2) float64."""
+    frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
+    angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, rotary):
+    """x: (B, T, H, E).  Pairs are (first half, second half) of the head, as in GPT-NeoX; angles are never in bf16."""
+    cos, sin = rotary[:, : x.size(1), None, :]  # (T, 1, E / 2) each
+    a, b = x.to(rotary.dtype).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.head_size = config.n_embd // config.n_head
+        self.qkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size)
+        self.out = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, rotary):
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, -1, self.head_size)  # (B, T, H + 2G, E)
+        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or G, T, E)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head != self.n_head)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)), gate and up in one matrix product."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up = Linear(config.n_embd, 2 * config.n_ffn)
+        self.down = Linear(config.n_ffn, config.n_embd)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.n_embd)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x, rotary):
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class TokenLoss(torch.autograd.Function):
+    """Cross-entropy of a linear head, token by token, with the logits of only a chunk of tokens alive at a time.
+
+    x (N, D) in the compute dtype, weight (V, D), targets (N,) int64 -> losses (N,) in nats, float32 (or float64).
+    Nothing of size (N, V) is kept for the backward pass: it computes each chunk's logits again, one more matrix product
+    of the head in exchange for N * V floats of memory traffic.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        w = weight.to(x.dtype)
+        chunk = max(1, LOSS_CHUNK // len(w))
+        log_z, target_logit = [], []
+        for x_c, targets_c in zip(x.split(chunk), targets.split(chunk)):
+            logits = full_precision(x_c @ w.T)  # (chunk, V)
+            log_z.append(logits.logsumexp(-1))
+            target_logit.append(logits.gather(-1, targets_c[:, None])[:, 0])
+        log_z = torch.cat(log_z)
+        ctx.save_for_backward(x, weight, targets, log_z)
+        return log_z - torch.cat(target_logit)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        x, weight, targets, log_z = ctx.saved_tensors
+        w = weight.to(x.dtype)
+        chunk = max(1, LOSS_CHUNK // len(w))
+        grad_x, grad_weight = [], torch.zeros_like(weight)
+        parts = zip(x.split(chunk), targets.split(chunk), log_z.split(chunk), grad_loss.split(chunk))
+        for x_c, targets_c, log_z_c, grad_c in parts:
+            p = (full_precision(x_c @ w.T) - log_z_c[:, None]).exp()  # the softmax: (chunk, V)
+            onehot = torch.arange(len(w), device=x.device) == targets_c[:, None]
+            grad_logits = ((p - onehot.to(p.dtype)) * grad_c[:, None]).to(x.dtype)
+            grad_x.append(grad_logits @ w)
+            grad_weight += grad_logits.T @ x_c
+        return torch.cat(grad_x), grad_weight, None
+
+
+def full_precision(x):
+    """Losses and norms are summed in float32, or in float64 when everything is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class Transformer(nn.Module):
+    """config, dtype: the compute dtype (bfloat16, float32 or float64).  Seeded by the caller's torch.manual_seed."""
+
+    def __init__(self, config, dtype=torch.float32):
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        self.register_buffer("rotary", None, persistent=False)
+        self.reset_parameters()
+        if dtype == torch.float64:
+            self.double()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Normal(0, 0.02), and smaller by sqrt(2 n_layer) where a block writes into the residual stream (GPT-2)."""
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                residual = name.endswith(("out.weight", "down.weight"))
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        table = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.rotary = table if self.dtype == torch.float64 else table.float()
+
+    def forward(self, tokens):
+        """tokens: (B, T + 1) int64, T <= block_size.  Returns token losses (B, T) in nats, float32 (or float64)."""
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        x = self.embedding(inputs).to(self.dtype)  # (B, T, D)
+        for block in self.blocks:
+            x = block(x, self.rotary)
+        x = self.norm(x)
+        losses = TokenLoss.apply(x.flatten(0, 1), self.embedding.weight, targets.flatten())  # (B * T,)
+        return losses.view_as(targets)
+
+    def freeze(self):
+        """Stores the parameters in the compute dtype, without gradients: the same losses to the bit, at no cast a step."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.dtype)
+        return self.requires_grad_(False)
+
+    def n_params(self):
+        """All parameters; the tied embedding counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self):
+        """Floating-point operations of one training step per token: forward 1, backward 2 (PaLM, appendix B).
+
+        6 per weight of every matrix product (the head counts, the look-up does not) + 12 L D T of attention.
+        """
+        matrices = sum(parameter.numel() for parameter in self.parameters() if parameter.dim() == 2)
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size

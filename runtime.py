@@ -1,0 +1,472 @@
+"""Running on machines: flags, ranks, precision, schedule, checkpoints, metrics.
+
+What would be the same in any project: it knows neither models nor domains, and a reader who skips it misses nothing of
+DoReMi. A run's directory is described in the README.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags: each once, with unit and default; @FILE reads flags from a file, and the last one wins
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with @FILE (several words, '# comments' and blank lines allowed) and errors in one line, status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter,
+                         epilog="@FILE reads flags from a file, e.g. @configs/pile_120m.txt; later flags win.")
+        self.files = []
+
+    def _read_args_from_files(self, arg_strings):
+        self.files += [arg[1:] for arg in arg_strings if arg.startswith("@")]
+        return super()._read_args_from_files(arg_strings)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        where = f" (flags were also read from {', '.join(self.files)})" if self.files else ""
+        self.exit(2, f"{self.prog}: error: {message}{where}; see --help.\n")
+
+
+def add_optimization_flags(parser):
+    """The flags of training, which the proxy takes over from its reference; returns their names."""
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--max_steps", type=positive, default=2000, help="optimizer steps (default %(default)s)")
+    add("--batch_size", type=positive, default=32, help="sequences per step over all ranks (default %(default)s)")
+    add("--learning_rate", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
+    add("--min_lr", type=float, help="last learning rate (default: a tenth of the peak)")
+    add("--lr_schedule", choices=["cosine", "exponential"], default="cosine",
+        help="decay after warm-up; exponential is the paper's (default %(default)s)")
+    add("--warmup_steps", type=int, help="steps of linear warm-up (default: the paper's 6%% of max_steps)")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only (default %(default)s, the paper's)")
+    add("--beta1", type=float, default=0.9, help="AdamW's (default %(default)s)")
+    add("--beta2", type=float, default=0.99, help="AdamW's (default %(default)s)")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0: none (default %(default)s)")
+    add("--seed", type=int, default=1, help="of the initial weights and of the batches (default %(default)s)")
+    return [action.dest for action in group._group_actions]
+
+
+MACHINE_FLAGS = ("out_dir", "resume", "device", "compile", "micro_batch_size", "log_interval", "eval_interval",
+                 "eval_windows", "save_interval", "wandb")
+PLACES = ("data_dir", "domain_weights", "sampling_weights", "reference")  # what lies there is compared, not its path
+
+
+def add_machine_flags(parser, out_dir):
+    """Flags that do not change what is computed (up to the order of floating-point sums), but for --dtype."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--out_dir", default=out_dir, help="the run's directory (default %(default)s)")
+    add("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
+    add("--device", default="auto", help="cpu, cuda, mps (default: cuda where there is one, else cpu)")
+    add("--dtype", choices=["auto", "bfloat16", "float32", "float64"], default="auto",
+        help="of the computation (default: bfloat16 where the hardware multiplies it, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where the run is long enough)")
+    add("--micro_batch_size", type=positive, help="sequences per forward pass and rank (default: all of the rank's)")
+    add("--log_interval", type=positive, default=10, help="steps between lines of metrics (default %(default)s)")
+    add("--eval_interval", type=positive, default=200, help="steps between evaluations (default %(default)s)")
+    add("--eval_windows", type=int, default=64, help="validation windows per domain; 0: all (default %(default)s)")
+    add("--save_interval", type=positive, default=500, help="steps between checkpoints (default %(default)s)")
+    add("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="(default %(default)s)")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive whole number")
+    return value
+
+
+def resolve_flags(args):
+    """Fills in the flags that depend on others.  Raises UserError for values that no run can have."""
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.warmup_steps is None:
+        args.warmup_steps = round(0.06 * args.max_steps)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if multiplies_bfloat16(args.device) else "float32"
+    if not 0 < args.min_lr <= args.learning_rate:
+        raise UserError(f"--min_lr={args.min_lr} must be above 0 and at most --learning_rate={args.learning_rate}.")
+    if not 0 <= args.warmup_steps <= args.max_steps:
+        raise UserError(f"--warmup_steps={args.warmup_steps} must be between 0 and --max_steps={args.max_steps}.")
+
+
+def multiplies_bfloat16(device):
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+
+
+def flag_lines(args):
+    """The flags in the form that @FILE reads back, --resume left out: a fresh run of the same."""
+    lines = []
+    for name, value in sorted(vars(args).items()):
+        if isinstance(value, bool):
+            lines += [] if name == "resume" else [f"--{name}" if value else f"--no-{name}"]
+        elif value is not None:
+            lines.append(f"--{name}={shlex.quote(str(value))}")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machines: device, precision, ranks
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    exact: torch.dtype  # of sums over the batch and of alpha: float64 where the device has it
+    rank: int = 0
+    world_size: int = 1
+
+    def all_reduce(self, tensor):
+        """Sums over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_reduce_gradients(self, model):
+        """One collective over all gradients, laid out the same at every step, so that a resumed run sums in the same
+        order to the bit. (DistributedDataParallel lays its buckets out anew after the first step.)"""
+        if self.world_size > 1:
+            gradients = [p.grad for p in model.parameters()]
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+                gradient.copy_(part.view_as(gradient))
+
+    def to_device(self, batch, micro_batch_size):
+        """A batch's tokens and domains on the device, widened, as a list of micro-batches."""
+        tokens = batch.tokens.to(self.device, non_blocking=True).long()
+        domain = batch.domain.to(self.device, non_blocking=True)
+        return list(zip(tokens.split(micro_batch_size), domain.split(micro_batch_size)))
+
+
+def setup(args):
+    """Joins the ranks that torchrun started, picks the device, and settles --micro_batch_size.  Raises UserError."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device={args.device}: no CUDA device is visible; use --device=cpu.")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world_size > 1 else device.index or 0)
+        torch.cuda.set_device(device)
+    per_rank, left = divmod(args.batch_size, world_size)
+    if left or not per_rank:
+        raise UserError(f"--batch_size={args.batch_size} is not divisible by {world_size} ranks; every rank takes the same "
+                        "number of sequences.")
+    args.micro_batch_size = args.micro_batch_size or per_rank
+    if per_rank % args.micro_batch_size:
+        raise UserError(f"--micro_batch_size={args.micro_batch_size} does not divide the {per_rank} sequences of a rank "
+                        f"(--batch_size={args.batch_size} over {world_size} ranks).")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    return Machine(device, getattr(torch, args.dtype), exact, rank, world_size)
+
+
+def decide_compile(args, flops):
+    """--compile or not, where the flag leaves it open: compiling costs up to a minute, and saves nearly half a run."""
+    if args.compile is not None:
+        return args.compile
+    if args.device != "cpu":
+        return args.device.startswith("cuda")
+    return flops > 2e13 and args.dtype != "float64" and bool(shutil.which("g++") or shutil.which("clang++"))
+
+
+def adamw(model, args):
+    """AdamW with weight decay on matrices only.  Not in the paper (Adafactor), but in its official code."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=True)
+
+
+def set_learning_rate(optimizer, step, args):
+    """Linear warm-up, then cosine or exponential decay to min_lr at the last step.  step: 1..max_steps."""
+    if step <= args.warmup_steps:
+        lr = args.learning_rate * step / args.warmup_steps
+    else:
+        progress = (step - args.warmup_steps) / (args.max_steps - args.warmup_steps)
+        if args.lr_schedule == "cosine":
+            lr = args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        else:
+            lr = args.learning_rate * (args.min_lr / args.learning_rate) ** progress
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def clip_gradients(model, grad_clip):
+    """Scales the gradient down to norm grad_clip; returns its norm before that, on the device."""
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+
+
+def matmul_peak(device, dtype, n=2048, repeats=5):
+    """FLOP/s of an n x n x n matrix product, the best of a few: what utilisation (mfu) is measured against."""
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(1 if device.type == "cpu" else 50):
+            a @ a
+        synchronize(device)
+        best = min(best, (time.perf_counter() - start) / (1 if device.type == "cpu" else 50))
+    return 2 * n**3 / best
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's directory
+
+
+class Run:
+    """Writes a run's directory (from rank 0) and, with --resume, brings the last checkpoint back as `self.checkpoint`.
+
+    config: what config.json says of the run, as JSON values; a checkpoint is resumed only under the same config and
+    flags. Its "domains" name the K columns of what is logged.
+    """
+
+    def __init__(self, args, machine, stage, config, tokens_per_step, flops_per_token):
+        self.args, self.machine, self.stage, self.domains = args, machine, stage, config["domains"]
+        self.out_dir, self.main = Path(args.out_dir), machine.rank == 0
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        flags = {name: value for name, value in vars(args).items() if name not in MACHINE_FLAGS + PLACES}
+        self.identity = {**flags, **{name: without_places(value) for name, value in config.items()}}
+        if (self.out_dir / "ckpt.pt").exists() and not args.resume:
+            raise UserError(f"{self.out_dir} already holds a run: --resume it, choose another --out_dir, or delete it.")
+        self.checkpoint = load_checkpoint(self.out_dir, stage, self.identity) if args.resume else None
+        start = self.checkpoint["step"] if self.checkpoint else 0
+        self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
+        self.pending = []  # (step, losses, gradient norm) since the last look, still on the device
+        self.stop = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.request_stop)
+        self.progress = tqdm(initial=start, total=args.max_steps, unit="step", desc=self.out_dir.name, mininterval=1,
+                             dynamic_ncols=True, disable=not self.main)
+        if self.main:
+            self.peak = matmul_peak(machine.device, machine.dtype) * machine.world_size
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.out_dir / "flags.txt", flag_lines(args))
+            config = {"stage": stage, **config, "flags": vars(args), "versions": versions(),
+                      "device": str(machine.device), "world_size": machine.world_size}
+            write_atomically(self.out_dir / "config.json", json.dumps(config, indent=2) + "\n")
+            self.metrics = open_metrics(self.out_dir / "metrics.jsonl", start)
+            self.wandb = start_wandb(args, config) if args.wandb != "disabled" else None
+            tqdm.write(f"{stage}: {config['n_params']:,} parameters, {args.max_steps:,} steps of {self.tokens_per_step:,} "
+                       f"tokens on {machine.world_size} x {machine.device}, {args.dtype}, "
+                       f"{'compiled' if args.compile else 'eager'}" + (f", going on after step {start}" if start else ""))
+        self.clock = time.perf_counter()
+        self.mark = start, self.elapsed()  # step and seconds of the last training line
+
+    def elapsed(self):
+        """Seconds of training so far, over all resumptions, without evaluations and checkpoints."""
+        return self.seconds + time.perf_counter() - self.clock
+
+    @contextlib.contextmanager
+    def paused_clock(self):
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def request_stop(self, number, frame):
+        """SIGTERM and SIGINT finish the step and write a checkpoint; a second one ends the process at once."""
+        self.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def stop_requested(self, step):
+        """Whether all ranks stop after this step. Several ranks agree on it at log steps: it costs a synchronisation."""
+        if self.machine.world_size == 1:
+            return self.stop
+        stop = torch.tensor(float(self.stop), device=self.machine.device)
+        return self.is_due(step, self.args.log_interval) and bool(self.machine.all_reduce(stop))
+
+    def is_due(self, step, interval):
+        return step % interval == 0 or step == self.args.max_steps
+
+    def record(self, step, totals, grad_norm):
+        """Keeps a step's loss sums and counts (2, K) and its gradient norm on the device: nothing waits for them."""
+        self.pending.append((step, totals, grad_norm))
+        self.progress.update()
+
+    def check_finite(self):
+        """Looks at all steps since the last look.  Raises UserError at the first that is not finite."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        rows = torch.stack([torch.cat([totals[0], norm[None].to(totals)]) for _, totals, norm in pending]).cpu()
+        for (step, _, _), row in zip(pending, rows.isfinite().tolist()):
+            if not all(row):
+                bad = [name for name, finite in zip(self.domains, row) if not finite]
+                raise UserError(f"step {step}: the {'loss of ' + ', '.join(bad) if bad else 'gradient'} is not finite; this "
+                                f"step is not saved. Lower --learning_rate, or look at the data of that step.")
+
+    def log(self, step, lr, totals, grad_norm, **by_domain):
+        """Appends a training line: this very step's values, and the speed since the last line.
+
+        totals: (2, K) sum and number of token losses of each domain; by_domain: further (K,) values by name.
+        """
+        self.check_finite()
+        if not self.main:
+            return
+        total, count = totals.cpu().double()
+        seconds = self.elapsed()
+        speed = (step - self.mark[0]) * self.tokens_per_step / (seconds - self.mark[1])
+        self.mark = step, seconds
+        loss = (total.sum() / count.sum()).item()
+        present = {name: (t / c).item() for name, t, c in zip(self.domains, total, count) if c > 0}
+        named = {name: dict(zip(self.domains, values.tolist())) for name, values in by_domain.items()}
+        self.write({"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm.item(), "tokens_per_second": speed,
+                    "mfu": speed * self.flops_per_token / self.peak, "domain_loss": present, **named})
+        self.progress.set_postfix_str(f"loss {loss:.3f}, {speed / 1e3:.1f}k tokens/s")
+
+    def log_evaluation(self, step, val_loss, bytes_per_token):
+        """Appends an evaluation: val_loss (K,) in nats per token, bytes_per_token (K,)."""
+        if not self.main:
+            return
+        bpb = val_loss / bytes_per_token / math.log(2)
+        self.write({"step": step, "tokens": step * self.tokens_per_step, "seconds": self.elapsed(),
+                    "val_loss": dict(zip(self.domains, val_loss.tolist())),
+                    "val_bpb": dict(zip(self.domains, bpb.tolist())),
+                    "val_loss_mean": val_loss.mean().item(), "val_loss_worst": val_loss.max().item()})
+        tqdm.write(f"step {step}: held-out loss mean {val_loss.mean():.4f}, worst {val_loss.max():.4f} "
+                   f"({self.domains[int(val_loss.argmax())]})")
+
+    def write(self, line):
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
+
+    def save(self, step, state):
+        """Writes ckpt.pt beside and renames it over the last: a kill at any moment leaves one of the two, whole."""
+        self.check_finite()
+        if self.main:
+            os.fsync(self.metrics.fileno())
+            checkpoint = {"stage": self.stage, "identity": self.identity, "step": step, "seconds": self.elapsed()}
+            write_atomically(self.out_dir / "ckpt.pt", lambda file: torch.save({**checkpoint, **state}, file))
+
+    def close(self, step):
+        self.progress.close()
+        if self.main:
+            self.metrics.close()
+            if self.wandb:
+                self.wandb.finish()
+            print(f"{self.stage}: {'done' if step == self.args.max_steps else 'stopped (--resume goes on)'} after step "
+                  f"{step:,} of {self.args.max_steps:,}, {self.elapsed():.0f} s of training: {self.out_dir}", flush=True)
+        if self.machine.world_size > 1:
+            dist.destroy_process_group()
+
+
+def without_places(value):
+    """What is compared on resumption: not where things lie, but what they are."""
+    return {k: v for k, v in value.items() if k not in (*PLACES, "out_dir")} if isinstance(value, dict) else value
+
+
+def load_checkpoint(out_dir, stage, identity=None):
+    """The checkpoint of a run, on the CPU, or None where there is none yet.
+
+    Raises UserError where it cannot be read, is of another stage, or differs from `identity` (None: not compared).
+    """
+    path = Path(out_dir) / "ckpt.pt"
+    if not path.exists():
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["stage"]
+    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is corrupt or no checkpoint of this project; "
+                        "delete it to start again.") from None
+    if found != stage:
+        raise UserError(f"{path} is the checkpoint of a {found} run, expected one of a {stage} run; check the directory.")
+    for name, value in (identity or {}).items():
+        before = checkpoint["identity"].get(name)
+        if before != value:
+            raise UserError(f"{path}: the run was started with {name} {shown(before)}, now it is {shown(value)}; resume with "
+                            "the same flags and data, or choose another --out_dir.")
+    return checkpoint
+
+
+def shown(value, width=200):
+    text = json.dumps(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def write_atomically(path, content):
+    """content: a string, or a function that writes to a binary file. The file appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, RuntimeError):  # torch.save reports a full disk as one
+            raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
+        raise
+
+
+def open_metrics(path, step):
+    """Opens metrics.jsonl for appending behind `step`: later lines, and one cut short by a kill, are dropped."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                if line.endswith("\n") and json.loads(line)["step"] <= step:
+                    kept.append(line)
+    write_atomically(path, "".join(kept))
+    return open(path, "a")
+
+
+def start_wandb(args, config):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb: pip install wandb, or use --wandb=disabled.") from None
+    return wandb.init(project="nanodoremi", name=Path(args.out_dir).name, dir=args.out_dir, mode=args.wandb, config=config)
+
+
+def fingerprint(model):
+    """Hex digest of a model's parameters as they are stored."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+

@@ -1,0 +1,376 @@
+"""Domains, mixtures and batches: which window of which domain the model sees at which step.
+
+The global batch of step t is a function of (seed, t, sampling weights, how many windows of each domain were drawn
+before). It never depends on the number of ranks, on threads or on time, and its whole state is a handful of integers.
+This file knows nothing of models.
+
+Dimensions: K domains, B sequences of the global batch, T tokens of a window (block_size).
+"""
+
+import hashlib
+import json
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from errors import UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set: one file of token ids per domain and split, memory-mapped
+
+
+@dataclass(frozen=True)
+class Dataset:
+    directory: str
+    meta: dict  # meta.json as prepare.py wrote it
+    block_size: int  # T
+    domains: tuple  # names; everywhere else a domain is its index in this order
+    train: tuple  # per domain: windows (n, T + 1), a read-only view of the memory map with row stride T
+    val: tuple
+
+    @property
+    def vocab_size(self):
+        return self.meta["vocab_size"]
+
+    def token_counts(self):
+        """Training tokens of each domain: (K,) float64."""
+        return np.array([self.meta["domains"][name]["train_tokens"] for name in self.domains], dtype=np.float64)
+
+    def describe(self, weights):
+        """What a run records of its data: JSON values.  weights: (K,) sampling weights."""
+        return {
+            "domains": list(self.domains),
+            "sampling_weights": dict(zip(self.domains, np.asarray(weights).tolist())),
+            "data": {
+                "data_dir": self.directory,
+                "tokenizer": self.meta["tokenizer"],
+                "tokenizer_sha256": self.meta["tokenizer_sha256"],
+                "vocab_size": self.meta["vocab_size"],
+                "train_tokens": {name: self.meta["domains"][name]["train_tokens"] for name in self.domains},
+            },
+        }
+
+    def bytes_per_token(self):
+        """Of the validation text: (K,) float64; it turns nats per token into bits per byte."""
+        counts = [self.meta["domains"][name] for name in self.domains]
+        return np.array([count["val_bytes"] / count["val_tokens"] for count in counts])
+
+
+def load_dataset(directory, block_size):
+    """Maps data/NAME as windows of block_size + 1 tokens.  Raises UserError for whatever does not fit meta.json."""
+    path = Path(directory) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        domains = tuple(meta["domains"])
+        sizes = {name: {"train": int(c["train_tokens"]), "val": int(c["val_tokens"])} for name, c in meta["domains"].items()}
+        meta["tokenizer"], meta["tokenizer_sha256"], int(meta["vocab_size"])  # what a run records
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); prepare the data set again.") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} lacks or garbles {error}; prepare the data set again with this version.") from None
+    if not domains:
+        raise UserError(f"{path} names no domain; prepare the data set again.")
+    if meta["vocab_size"] - 1 > np.iinfo(dtype).max:
+        raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit the dtype {meta['dtype']}.")
+    splits = {split: tuple(map_windows(path.parent / name / f"{split}.bin", sizes[name][split], dtype, block_size)
+                           for name in domains) for split in ("train", "val")}
+    return Dataset(str(directory), meta, block_size, domains, splits["train"], splits["val"])
+
+
+def map_windows(path, n_tokens, dtype, block_size):
+    """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1)."""
+    if not path.exists():
+        raise UserError(f"{path} is missing, though meta.json lists it; prepare the data set again.")
+    expected, found = n_tokens * dtype.itemsize, path.stat().st_size
+    if found != expected:
+        raise UserError(f"{path} has {found:,} bytes where meta.json promises {expected:,} ({n_tokens:,} tokens of "
+                        f"{dtype.itemsize} bytes): it is truncated or foreign; prepare the data set again.")
+    n = (n_tokens - 1) // block_size
+    if n < 1:
+        raise UserError(f"{path}: domain '{path.parent.name}' has {n_tokens:,} tokens in {path.name}, fewer than one "
+                        f"window of {block_size + 1}; give the domain more text, leave it out, or lower --block_size.")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    strides = (block_size * dtype.itemsize, dtype.itemsize)
+    return np.lib.stride_tricks.as_strided(tokens, (n, block_size + 1), strides, writeable=False)
+
+
+def check_vocabulary(rows, vocab_size, path):
+    """Raises UserError where a token id has no row in the embedding."""
+    if rows.size and int(rows.max()) >= vocab_size:
+        raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}: bins and "
+                        "meta.json are of different tokenizers; prepare the data set again.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling weights
+
+
+def sampling_weights(spec, dataset, planned_tokens):
+    """The distribution over domains that batches are drawn from: (K,) float64, sums to 1.
+
+    spec: uniform | token_count | temperature:P | unimax:EPOCHS | FILE.json | numbers in the order of meta.json.
+    planned_tokens: of the whole run; only unimax needs it.  Raises UserError.
+    """
+    counts, k = dataset.token_counts(), len(dataset.domains)
+    kind, _, parameter = spec.partition(":")
+    if spec == "uniform":
+        weights = np.ones(k)
+    elif spec == "token_count":
+        weights = counts
+    elif kind == "temperature":
+        weights = counts ** parse_number(parameter, spec)
+    elif kind == "unimax":
+        weights = unimax(counts, planned_tokens, parse_number(parameter, spec))
+    elif spec.endswith(".json"):
+        weights = weights_from_json(Path(spec), dataset)
+    else:
+        weights = np.array([parse_number(part, spec) for part in spec.split(",")])
+        if len(weights) != k:
+            raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
+                            f"{', '.join(dataset.domains)}.")
+    for name, weight in zip(dataset.domains, weights):
+        if not (np.isfinite(weight) and weight >= 0):
+            raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0.")
+    if weights.sum() <= 0:
+        raise UserError(f"{spec}: all weights are zero; at least one domain must have a positive weight.")
+    return weights / weights.sum()
+
+
+def parse_number(text, spec):
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"'{spec}' is no mixture: '{text}' is not a number; expected uniform, token_count, temperature:0.5, "
+                        "unimax:4, a FILE.json, or numbers in the order of meta.json such as 0.2,0.8.") from None
+
+
+def weights_from_json(path, dataset):
+    """{DOMAIN: weight}, or an object that holds that under domain_weights (ours) or train_domain_weights (the official
+    repository's).  Matched by name, never by position."""
+    domains = dataset.domains
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it should hold the domain weights.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    tokenizer = content.get("provenance", {}).get("tokenizer_sha256") if isinstance(content, dict) else None
+    if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
+        warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do not "
+                      "carry over between tokenizers.", stacklevel=2)
+    for key in ("domain_weights", "train_domain_weights"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected an object {{DOMAIN: weight}}.")
+    unknown, missing = sorted(set(content) - set(domains)), sorted(set(domains) - set(content))
+    if unknown or missing:
+        raise UserError(f"{path} does not match the data's domains: unknown there: {unknown}; without a weight: {missing}. "
+                        "Weights are matched by name; give a domain weight 0 to leave it out.")
+    for name, weight in content.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise UserError(f"{path}: the weight of '{name}' is {weight!r}; it must be a finite number >= 0.")
+    return np.array([float(content[name]) for name in domains])
+
+
+def unimax(counts, budget, epochs):
+    """UniMax (Chung et al. 2023, algorithm 1): as uniform as can be with no domain seen more than `epochs` times.
+
+    counts: (K,) tokens; budget: tokens of the run.  Returns tokens per domain, (K,).
+    """
+    tokens, left = np.zeros(len(counts)), float(budget)
+    for rank, i in enumerate(np.argsort(counts, kind="stable")):
+        tokens[i] = min(left / (len(counts) - rank), epochs * counts[i])
+        left -= tokens[i]
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Randomness without memory
+
+
+@lru_cache(maxsize=4096)
+def round_keys(seed, domain, epoch):
+    """Keys of the permutation's eight rounds, from the seed, the domain's *name* and the epoch: (8,) uint64."""
+    return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}/{domain}".encode(), digest_size=64).digest(), dtype="<u8")
+
+
+def permute(index, size, keys):
+    """A keyed bijection of range(size), evaluated at index: O(1) memory and start-up for any size up to 2**62.
+
+    index: (n,) integers in [0, size).  A Feistel network permutes the next power of four; values that fall outside the
+    range are sent through again until they are inside (cycle walking, Black and Rogaway 2002), which keeps a bijection.
+    """
+    half = np.uint64(max(1, ((int(size) - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    x = np.array(index, dtype=np.uint64)
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (scramble(right + key) & mask)
+        x[outside] = (left << half) | right
+        outside = x >= np.uint64(size)
+    return x.astype(np.int64)
+
+
+def scramble(z):
+    """The finalizer of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def systematic_counts(weights, batch_size, u):
+    """How many of batch_size sequences each domain gets, from one uniform number u in [0, 1): (K,) int64.
+
+    Systematic sampling: the counts sum to batch_size, each is within one of batch_size * weight, and their mean over u
+    is exactly that.
+    """
+    cumulative = np.cumsum(weights)
+    edges = np.floor(cumulative / cumulative[-1] * batch_size + u)  # divided so that the last edge is batch_size exactly
+    return np.diff(edges, prepend=0.0).astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class Batch(NamedTuple):
+    tokens: torch.Tensor  # (b, T + 1) in the bins' dtype, b sequences of this rank; the model widens them on the device
+    domain: torch.Tensor  # (b,) int64
+    state: dict  # the sampler's state after this batch
+
+
+class Sampler:
+    """Batches of this rank, forever: step t is a function of (seed, t, weights, windows drawn before t).
+
+    weights: (K,), normalised; batch_size: B over all ranks, of which this rank takes every world_size-th slot.
+    A thread gathers the next batch while the device computes.
+    """
+
+    def __init__(self, dataset, weights, batch_size, seed, rank=0, world_size=1, pin_memory=False):
+        self.dataset, self.weights, self.batch_size = dataset, np.asarray(weights, dtype=np.float64), batch_size
+        self.seed, self.rank, self.world_size, self.pin_memory = seed, rank, world_size, pin_memory
+        self.state = {"step": 0, "drawn": [0] * len(dataset.domains)}  # batches and windows handed out so far
+        self.warned = set()
+        self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
+        self.ahead = None  # the future of the next batch
+
+    def next_batch(self):
+        ahead = self.ahead or self.executor.submit(self.gather, self.state)
+        batch = ahead.result()
+        self.state = batch.state
+        self.ahead = self.executor.submit(self.gather, self.state)
+        self.warn_of_repetition()
+        return batch
+
+    def slots(self, state):
+        """The global batch that follows `state`: domain (B,), window (B,), and the state after it."""
+        n_windows = [len(windows) for windows in self.dataset.train]
+        generator = np.random.default_rng([self.seed, state["step"]])
+        counts = systematic_counts(self.weights, self.batch_size, generator.random())
+        window = []
+        for i, (count, first) in enumerate(zip(counts.tolist(), state["drawn"])):
+            epoch, position = np.divmod(np.arange(first, first + count), n_windows[i])
+            for e in np.unique(epoch).tolist():
+                keys = round_keys(self.seed, self.dataset.domains[i], e)
+                window.append(permute(position[epoch == e], n_windows[i], keys))
+        shuffle = generator.permutation(self.batch_size)
+        domain = np.repeat(np.arange(len(counts)), counts)[shuffle]
+        after = {"step": state["step"] + 1, "drawn": [d + c for d, c in zip(state["drawn"], counts.tolist())]}
+        return domain, np.concatenate(window)[shuffle], after
+
+    def gather(self, state):
+        """This rank's slots of the batch that follows `state`, copied out of the memory maps."""
+        domain, window, after = self.slots(state)
+        domain, window = domain[self.rank :: self.world_size], window[self.rank :: self.world_size]
+        dtype = self.dataset.train[0].dtype
+        tokens = torch.empty(len(domain), self.dataset.block_size + 1, dtype=getattr(torch, dtype.name),
+                             pin_memory=self.pin_memory)
+        rows = tokens.numpy()
+        for i in np.unique(domain):
+            mine = np.flatnonzero(domain == i)
+            rows[mine] = self.dataset.train[i][window[mine]]
+        if rows.max() >= self.dataset.vocab_size:
+            for i in np.unique(domain):
+                check_vocabulary(rows[domain == i], self.dataset.vocab_size,
+                                 f"{self.dataset.directory}/{self.dataset.domains[i]}/train.bin")
+        return Batch(tokens, torch.from_numpy(domain), after)
+
+    def epochs(self):
+        """How often each domain has been seen: (K,) float64."""
+        return np.array([drawn / len(w) for drawn, w in zip(self.state["drawn"], self.dataset.train)])
+
+    def warn_of_repetition(self, limit=4):
+        """Repeating data up to four times costs little, more costs much (Muennighoff et al. 2023)."""
+        for i in np.flatnonzero(self.epochs() > limit).tolist():
+            if i not in self.warned and self.rank == 0:
+                warnings.warn(f"domain '{self.dataset.domains[i]}' has been repeated more than {limit} times by batch "
+                              f"{self.state['step']}", stacklevel=2)
+            self.warned.add(i)
+
+    def state_dict(self):
+        return {"step": self.state["step"], "drawn": list(self.state["drawn"])}
+
+    def load_state_dict(self, state):
+        if len(state["drawn"]) != len(self.dataset.domains):
+            raise UserError(f"the sampler's state is of {len(state['drawn'])} domains, the data set has "
+                            f"{len(self.dataset.domains)}.")
+        self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None
+        self.warned = set(np.flatnonzero(self.epochs() > 4).tolist())
+
+    def close(self):
+        self.executor.shutdown(cancel_futures=True)
+
+
+def evaluation_batches(dataset, n_windows, batch_size, rank=0, world_size=1):
+    """The first n_windows validation windows of every domain (0: all), shared out among ranks.
+
+    Yields tokens (batch_size, T + 1) and domain (batch_size,) int64. The last batch is filled up to batch_size with
+    rows of domain K, which are to be dropped: every batch then has one shape, and a compiled model is compiled once.
+    """
+    k = len(dataset.domains)
+    take = [min(len(windows), n_windows or len(windows)) for windows in dataset.val]
+    index = [(i, j) for i, n in enumerate(take) for j in range(n)][rank::world_size]
+    for start in range(0, len(index), batch_size):
+        part = index[start : start + batch_size]
+        rows = np.stack([dataset.val[i][j] for i, j in part] + [dataset.val[0][0]] * (batch_size - len(part)))
+        path = f"{dataset.directory}/{{{','.join(sorted({dataset.domains[i] for i, _ in part}))}}}/val.bin"
+        check_vocabulary(rows, dataset.vocab_size, path)
+        domain = [i for i, _ in part] + [k] * (batch_size - len(part))
+        yield torch.from_numpy(rows), torch.tensor(domain)
+
+
+def domain_sums(token_loss, domain, k, dtype=torch.float64):
+    """Sum and number of the token losses of each domain: (2, K), for sums that ranks and micro-batches add to.
+
+    token_loss: (b, T); domain: (b,) int64, rows with domain >= K are dropped. A matrix product, not a scatter: its order
+    of summation is fixed on every device.
+    """
+    member = (domain == torch.arange(k, device=domain.device)[:, None]).to(dtype)  # (K, b)
+    total = member @ token_loss.sum(dim=1, dtype=dtype)
+    return torch.stack([total, member.sum(dim=1) * token_loss.size(1)])
+
+
+@torch.no_grad()
+def held_out_loss(forward, dataset, n_windows, batch_size, machine):
+    """Mean validation loss of each domain in nats per token: (K,) float64 array, the same on all ranks.
+
+    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: runtime.Machine.
+    """
+    k = len(dataset.domains)
+    totals = torch.zeros(2, k, dtype=machine.exact, device=machine.device)
+    for tokens, domain in evaluation_batches(dataset, n_windows, batch_size, machine.rank, machine.world_size):
+        totals += domain_sums(forward(tokens.to(machine.device).long()), domain.to(machine.device), k, machine.exact)
+    total, count = machine.all_reduce(totals).cpu().double().numpy()
+    return total / count

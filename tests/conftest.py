@@ -1,0 +1,68 @@
+"""What several tests share: a small data set with known structure, and running a script as a person would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+VOCAB = 64
+TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
+        "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4", "--no-compile"]
+
+
+def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
+    """streams: {DOMAIN: (train ids, val ids)}.  Returns the directory, as prepare.py would have left it."""
+    directory = Path(directory)
+    domains = {}
+    for name, (train, val) in streams.items():
+        (directory / name).mkdir(parents=True)
+        for split, ids in (("train", train), ("val", val)):
+            np.asarray(ids, dtype="<u2").tofile(directory / name / f"{split}.bin")
+        domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
+                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val)}
+    (directory / "meta.json").write_text(json.dumps(
+        {"tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size, "eot_token": 0,
+         "dtype": "uint16", "domains": domains}))
+    return directory
+
+
+def markov_stream(rng, n, successors):
+    """n ids of a chain in which every id has a few equally likely successors: ids (n,), entropy log(successors)."""
+    table = rng.integers(1, VOCAB, size=(VOCAB, successors))
+    ids = [1]
+    for choice in rng.integers(successors, size=n - 1):
+        ids.append(table[ids[-1], choice])
+    return np.array(ids)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """Four domains of different entropy and size; the smallest is repeated within a few steps."""
+    rng = np.random.default_rng(0)
+    streams = {}
+    for name, n, successors in [("counting", 6000, 1), ("simple", 3000, 2), ("rich", 2000, 8), ("small", 300, 3)]:
+        ids = markov_stream(rng, n + 200, successors)
+        streams[name] = ids[:n], ids[n:]
+    return write_dataset(tmp_path_factory.mktemp("data") / "synthetic", streams)
+
+
+def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
+    """Runs a script of the project as a subprocess with one thread per rank. Returns the CompletedProcess."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    result = subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=timeout,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def read_metrics(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
