@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         return losses.view_as(targets)
 
     def freeze(self):
-        """Stores the parameters in the compute dtype, without gradients: the same losses to the bit, at no cast a step."""
+        """Stores the parameters in the compute dtype, without gradients: the same losses to the bit, no more casts."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.dtype)
         return self.requires_grad_(False)

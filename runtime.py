@@ -82,7 +82,7 @@ def add_machine_flags(parser, out_dir):
     add("--device", default="auto", help="cpu, cuda, mps (default: cuda where there is one, else cpu)")
     add("--dtype", choices=["auto", "bfloat16", "float32", "float64"], default="auto",
         help="of the computation (default: bfloat16 where the hardware multiplies it, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where the run is long enough)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where the run is long)")
     add("--micro_batch_size", type=positive, help="sequences per forward pass and rank (default: all of the rank's)")
     add("--log_interval", type=positive, default=10, help="steps between lines of metrics (default %(default)s)")
     add("--eval_interval", type=positive, default=200, help="steps between evaluations (default %(default)s)")
@@ -178,14 +178,15 @@ def setup(args):
         torch.cuda.set_device(device)
     per_rank, left = divmod(args.batch_size, world_size)
     if left or not per_rank:
-        raise UserError(f"--batch_size={args.batch_size} is not divisible by {world_size} ranks; every rank takes the same "
-                        "number of sequences.")
+        raise UserError(f"--batch_size={args.batch_size} is not divisible by {world_size} ranks; every rank takes the "
+                        "same number of sequences.")
     args.micro_batch_size = args.micro_batch_size or per_rank
     if per_rank % args.micro_batch_size:
-        raise UserError(f"--micro_batch_size={args.micro_batch_size} does not divide the {per_rank} sequences of a rank "
-                        f"(--batch_size={args.batch_size} over {world_size} ranks).")
+        raise UserError(f"--micro_batch_size={args.micro_batch_size} does not divide the {per_rank} sequences of a "
+                        f"rank (--batch_size={args.batch_size} over {world_size} ranks).")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     exact = torch.float32 if device.type == "mps" else torch.float64
     return Machine(device, getattr(torch, args.dtype), exact, rank, world_size)
 
@@ -283,9 +284,9 @@ class Run:
             write_atomically(self.out_dir / "config.json", json.dumps(config, indent=2) + "\n")
             self.metrics = open_metrics(self.out_dir / "metrics.jsonl", start)
             self.wandb = start_wandb(args, config) if args.wandb != "disabled" else None
-            tqdm.write(f"{stage}: {config['n_params']:,} parameters, {args.max_steps:,} steps of {self.tokens_per_step:,} "
+            tqdm.write(f"{stage}: {config['n_params']:,} parameters, {args.max_steps:,} steps of {tokens_per_step:,} "
                        f"tokens on {machine.world_size} x {machine.device}, {args.dtype}, "
-                       f"{'compiled' if args.compile else 'eager'}" + (f", going on after step {start}" if start else ""))
+                       f"{'compiled' if args.compile else 'eager'}{f', after step {start}' if start else ''}")
         self.clock = time.perf_counter()
         self.mark = start, self.elapsed()  # step and seconds of the last training line
 
@@ -305,7 +306,7 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def stop_requested(self, step):
-        """Whether all ranks stop after this step. Several ranks agree on it at log steps: it costs a synchronisation."""
+        """Whether all ranks stop after this step. Several ranks agree on it at log steps: they have to wait."""
         if self.machine.world_size == 1:
             return self.stop
         stop = torch.tensor(float(self.stop), device=self.machine.device)
@@ -328,8 +329,9 @@ class Run:
         for (step, _, _), row in zip(pending, rows.isfinite().tolist()):
             if not all(row):
                 bad = [name for name, finite in zip(self.domains, row) if not finite]
-                raise UserError(f"step {step}: the {'loss of ' + ', '.join(bad) if bad else 'gradient'} is not finite; this "
-                                f"step is not saved. Lower --learning_rate, or look at the data of that step.")
+                what = f"loss of {', '.join(bad)}" if bad else "gradient"
+                raise UserError(f"step {step}: the {what} is not finite; the step is not saved. Lower --learning_rate, "
+                                "or look at the data of that step.")
 
     def log(self, step, lr, totals, grad_norm, **by_domain):
         """Appends a training line: this very step's values, and the speed since the last line.
@@ -382,8 +384,9 @@ class Run:
             self.metrics.close()
             if self.wandb:
                 self.wandb.finish()
-            print(f"{self.stage}: {'done' if step == self.args.max_steps else 'stopped (--resume goes on)'} after step "
-                  f"{step:,} of {self.args.max_steps:,}, {self.elapsed():.0f} s of training: {self.out_dir}", flush=True)
+            end = "done" if step == self.args.max_steps else "stopped (--resume goes on)"
+            print(f"{self.stage}: {end} after step {step:,} of {self.args.max_steps:,}, {self.elapsed():.0f} s, in "
+                  f"{self.out_dir}", flush=True)
         if self.machine.world_size > 1:
             dist.destroy_process_group()
 
@@ -405,15 +408,15 @@ def load_checkpoint(out_dir, stage, identity=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["stage"]
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is corrupt or no checkpoint of this project; "
-                        "delete it to start again.") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is corrupt or no checkpoint of this "
+                        "project; delete it to start again.") from None
     if found != stage:
-        raise UserError(f"{path} is the checkpoint of a {found} run, expected one of a {stage} run; check the directory.")
+        raise UserError(f"{path} is the checkpoint of a {found} run, expected a {stage} run; check the directory.")
     for name, value in (identity or {}).items():
         before = checkpoint["identity"].get(name)
         if before != value:
-            raise UserError(f"{path}: the run was started with {name} {shown(before)}, now it is {shown(value)}; resume with "
-                            "the same flags and data, or choose another --out_dir.")
+            raise UserError(f"{path}: the run was started with {name} {shown(before)}, now it is {shown(value)}; "
+                            "resume with the same flags and data, or choose another --out_dir.")
     return checkpoint
 
 
@@ -456,7 +459,8 @@ def start_wandb(args, config):
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package wandb: pip install wandb, or use --wandb=disabled.") from None
-    return wandb.init(project="nanodoremi", name=Path(args.out_dir).name, dir=args.out_dir, mode=args.wandb, config=config)
+    name = Path(args.out_dir).name
+    return wandb.init(project="nanodoremi", name=name, dir=args.out_dir, mode=args.wandb, config=config)
 
 
 def fingerprint(model):

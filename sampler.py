@@ -69,7 +69,7 @@ def load_dataset(directory, block_size):
         meta = json.loads(path.read_text())
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         domains = tuple(meta["domains"])
-        sizes = {name: {"train": int(c["train_tokens"]), "val": int(c["val_tokens"])} for name, c in meta["domains"].items()}
+        sizes = {split: [int(c[f"{split}_tokens"]) for c in meta["domains"].values()] for split in ("train", "val")}
         meta["tokenizer"], meta["tokenizer_sha256"], int(meta["vocab_size"])  # what a run records
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first.") from None
@@ -81,8 +81,8 @@ def load_dataset(directory, block_size):
         raise UserError(f"{path} names no domain; prepare the data set again.")
     if meta["vocab_size"] - 1 > np.iinfo(dtype).max:
         raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit the dtype {meta['dtype']}.")
-    splits = {split: tuple(map_windows(path.parent / name / f"{split}.bin", sizes[name][split], dtype, block_size)
-                           for name in domains) for split in ("train", "val")}
+    splits = {split: tuple(map_windows(path.parent / name / f"{split}.bin", n_tokens, dtype, block_size)
+                           for name, n_tokens in zip(domains, sizes[split])) for split in ("train", "val")}
     return Dataset(str(directory), meta, block_size, domains, splits["train"], splits["val"])
 
 
@@ -106,8 +106,8 @@ def map_windows(path, n_tokens, dtype, block_size):
 def check_vocabulary(rows, vocab_size, path):
     """Raises UserError where a token id has no row in the embedding."""
     if rows.size and int(rows.max()) >= vocab_size:
-        raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}: bins and "
-                        "meta.json are of different tokenizers; prepare the data set again.")
+        raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}: they "
+                        "are of different tokenizers; prepare the data set again.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def parse_number(text, spec):
     try:
         return float(text)
     except ValueError:
-        raise UserError(f"'{spec}' is no mixture: '{text}' is not a number; expected uniform, token_count, temperature:0.5, "
-                        "unimax:4, a FILE.json, or numbers in the order of meta.json such as 0.2,0.8.") from None
+        raise UserError(f"'{spec}' is no mixture: '{text}' is no number; expected uniform, token_count, temperature:P, "
+                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8.") from None
 
 
 def weights_from_json(path, dataset):
@@ -163,10 +163,11 @@ def weights_from_json(path, dataset):
         raise UserError(f"{path}: {error.strerror}; it should hold the domain weights.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
-    tokenizer = content.get("provenance", {}).get("tokenizer_sha256") if isinstance(content, dict) else None
+    provenance = content.get("provenance") if isinstance(content, dict) else None
+    tokenizer = provenance.get("tokenizer_sha256") if isinstance(provenance, dict) else None
     if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
-        warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do not "
-                      "carry over between tokenizers.", stacklevel=2)
+        warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do "
+                      "not carry over between tokenizers.", stacklevel=2)
     for key in ("domain_weights", "train_domain_weights"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -174,7 +175,7 @@ def weights_from_json(path, dataset):
         raise UserError(f"{path} holds a {type(content).__name__}; expected an object {{DOMAIN: weight}}.")
     unknown, missing = sorted(set(content) - set(domains)), sorted(set(domains) - set(content))
     if unknown or missing:
-        raise UserError(f"{path} does not match the data's domains: unknown there: {unknown}; without a weight: {missing}. "
+        raise UserError(f"{path} does not match the data's domains: unknown: {unknown}; without a weight: {missing}. "
                         "Weights are matched by name; give a domain weight 0 to leave it out.")
     for name, weight in content.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
@@ -237,7 +238,8 @@ def systematic_counts(weights, batch_size, u):
     is exactly that.
     """
     cumulative = np.cumsum(weights)
-    edges = np.floor(cumulative / cumulative[-1] * batch_size + u)  # divided so that the last edge is batch_size exactly
+    edges = np.floor(cumulative / cumulative[-1] * batch_size + u)
+    edges = np.minimum(edges, batch_size)  # batch_size + u may round up where u is a hair below 1
     return np.diff(edges, prepend=0.0).astype(np.int64)
 
 
@@ -354,8 +356,8 @@ def evaluation_batches(dataset, n_windows, batch_size, rank=0, world_size=1):
 def domain_sums(token_loss, domain, k, dtype=torch.float64):
     """Sum and number of the token losses of each domain: (2, K), for sums that ranks and micro-batches add to.
 
-    token_loss: (b, T); domain: (b,) int64, rows with domain >= K are dropped. A matrix product, not a scatter: its order
-    of summation is fixed on every device.
+    token_loss: (b, T); domain: (b,) int64, rows with domain >= K are dropped. A matrix product, not a scatter: the
+    order of its sums is fixed on every device.
     """
     member = (domain == torch.arange(k, device=domain.device)[:, None]).to(dtype)  # (K, b)
     total = member @ token_loss.sum(dim=1, dtype=dtype)

@@ -35,7 +35,7 @@ def parse_args():
     add = parser.add_argument_group("DoReMi").add_argument
     add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default %(default)s)")
     add("--step_size", type=float, default=1.0, help="eta of the weight update (default %(default)s, the paper's)")
-    add("--smoothing", type=float, default=1e-3, help="c: every alpha stays above c / K (default %(default)s, the paper's)")
+    add("--smoothing", type=float, default=1e-3, help="c: alpha stays above c / K (default %(default)s, the paper's)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
@@ -54,31 +54,29 @@ def load_reference_config(directory):
         raise UserError(f"{path} cannot be read ({error}); --reference must be the directory of a finished run of "
                         "train_reference.py.") from None
     if config.get("stage") != "reference":
-        raise UserError(f"{path} describes a {config.get('stage')} run, expected a reference run of train_reference.py.")
+        raise UserError(f"{path} describes a {config.get('stage')} run, expected one of train_reference.py.")
     return config
 
 
 def load_reference(args, config, dataset, machine):
-    """The frozen reference in the compute dtype.  Raises UserError unless proxy and reference share tokenizer and domains,
-    and the reference's training is over."""
-    found = dataset.describe(dataset.token_counts())
-    for what, ours, theirs in [("tokenizer", found["data"]["tokenizer_sha256"], config["data"]["tokenizer_sha256"]),
-                               ("domain list", found["domains"], config["domains"]),
-                               ("training data (tokens by domain)", found["data"]["train_tokens"], config["data"]["train_tokens"])]:
-        if ours != theirs:
-            raise UserError(f"--reference={args.reference} has another {what} than {args.data_dir}: {theirs} there, {ours} "
-                            "here; train a reference on this data.")
+    """The frozen reference in the compute dtype.  Raises UserError unless it was trained to its end on this data with
+    this tokenizer."""
+    data = dataset.describe(dataset.token_counts())["data"]
+    for what in ("tokenizer", "tokenizer_sha256", "vocab_size", "train_tokens"):
+        if data[what] != config["data"][what]:
+            raise UserError(f"--reference={args.reference} has {what} {config['data'][what]}, but {args.data_dir} has "
+                            f"{data[what]}; train a reference on this data.")
     checkpoint = runtime.load_checkpoint(args.reference, "reference")
     if checkpoint is None or checkpoint["step"] < checkpoint["identity"]["max_steps"]:
         done = checkpoint["step"] if checkpoint else 0
-        raise UserError(f"--reference={args.reference} is not finished ({done} of {config['flags']['max_steps']} steps); go on "
-                        f"with: python train_reference.py @{args.reference}/flags.txt --resume")
-    reference = Transformer(ModelConfig(vocab_size=dataset.vocab_size, **config["model"]), machine.dtype)
+        raise UserError(f"--reference={args.reference} is unfinished ({done} of {config['flags']['max_steps']} steps): "
+                        f"go on with: python train_reference.py @{args.reference}/flags.txt --resume")
+    reference = Transformer(ModelConfig(**config["model"]), machine.dtype)
     try:
         reference.load_state_dict(checkpoint["model"])
     except RuntimeError:
-        raise UserError(f"{args.reference}/ckpt.pt does not have the shape {config['model']} with {dataset.vocab_size} tokens "
-                        "that its config.json promises; train the reference again.") from None
+        raise UserError(f"{args.reference}/ckpt.pt has not the shape {config['model']} that its config.json promises; "
+                        "train the reference again.") from None
     return reference.to(machine.device).freeze()
 
 
@@ -113,11 +111,13 @@ def train(args, reference_config):
     forward = torch.compile(proxy, dynamic=False) if args.compile else proxy
     reference_forward = torch.compile(reference, dynamic=False) if args.compile else reference
 
-    config = {"model": reference_config["model"], "n_params": proxy.n_params(), **dataset.describe(weights),
-              "reference": {"out_dir": args.reference, "sampling_weights": reference_config["sampling_weights"],
-                            "seed": reference_config["flags"]["seed"], "max_steps": reference_config["flags"]["max_steps"],
-                            "fingerprint": runtime.fingerprint(reference)}}
-    run = runtime.Run(args, machine, "proxy", config, tokens_per_step, proxy.flops_per_token() * 8 / 6)  # + the reference's forward
+    origin = {"out_dir": args.reference, "sampling_weights": reference_config["sampling_weights"],
+              "seed": reference_config["flags"]["seed"], "max_steps": reference_config["flags"]["max_steps"],
+              "fingerprint": runtime.fingerprint(reference)}
+    config = {"model": vars(proxy.config), "n_params": proxy.n_params(), **dataset.describe(weights),
+              "reference": origin}
+    flops_per_token = proxy.flops_per_token() * 8 / 6  # 2 of 6 parts more: the reference's forward pass
+    run = runtime.Run(args, machine, "proxy", config, tokens_per_step, flops_per_token)
     step = 0
     alpha = torch.full((k,), 1 / k, dtype=machine.exact, device=machine.device)  # Alg. 1: alpha_0 = u
     excess = torch.zeros_like(alpha)  # lambda_t, nats per token
@@ -137,8 +137,8 @@ def train(args, reference_config):
         micro_batches = machine.to_device(sampler.next_batch(), args.micro_batch_size)
 
         # Alg. 1: lambda_t[i] = sum of max(proxy - reference, 0) over the tokens of domain i / number of those tokens,
-        # over the global batch. With several micro-batches alpha_t is needed before the first backward pass, so that the
-        # proxy's forward pass is done twice; with one, the same pass serves both.
+        # over the global batch. Backward needs alpha_t, which needs all micro-batches: where there are several, the
+        # proxy's forward pass is done twice.
         single_pass = len(micro_batches) == 1
         totals = torch.zeros(2, k, dtype=machine.exact, device=machine.device)
         excess_totals = torch.zeros_like(totals)

@@ -23,8 +23,8 @@ def parse_args(description, defaults):
     parser = runtime.ArgumentParser(description)
     add = parser.add_argument_group("data and model").add_argument
     add("--data_dir", default="data/demo", help="data set of prepare.py (default %(default)s)")
-    add("--domain_weights", default="uniform", help="sampling weights of the domains: uniform, token_count, temperature:P "
-        "(token_count ** P), unimax:EPOCHS, a FILE.json, or numbers such as 0.2,0.8 (default %(default)s)")
+    add("--domain_weights", default="uniform", help="sampling weights of the domains: uniform, token_count, "
+        "temperature:P (token_count ** P), unimax:EPOCHS, a FILE.json, or numbers like 0.2,0.8 (default %(default)s)")
     add("--block_size", type=runtime.positive, default=256, help="context in tokens (default %(default)s)")
     for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),
                           ("n_embd", "width"), ("n_ffn", "hidden width of the feed-forward")]:
@@ -56,7 +56,7 @@ def train(args, stage):
     args.compile = runtime.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
-    config = {"model": shape, "n_params": model.n_params(), **dataset.describe(weights)}
+    config = {"model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
     run = runtime.Run(args, machine, stage, config, tokens_per_step, model.flops_per_token())
     step = 0
     if run.checkpoint:
