@@ -14,10 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import errors
-from average_weights import GREY, add_titles, in_order, make_directory, read_config, read_text, text_width, weight_axis
-from errors import UserError
-from runtime import ArgumentParser, shown, write_atomically
+import cli
+from cli import ArgumentParser, UserError, shown
+from report import GREY, add_titles, in_order, make_directory, read_config, read_text, text_width, weight_axis
+from runtime import write_atomically
 
 # Colour, marker and dash, so that runs are told apart in grey too; the last run gets the first. The baseline is grey.
 STYLES = (
@@ -320,4 +320,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -1,17 +1,15 @@
-"""Running on machines: flags, ranks, precision, schedule, checkpoints, metrics.
+"""Running on machines: ranks, precision, schedule, checkpoints, metrics.
 
 What would be the same in any project: it knows neither models nor domains, and a reader who skips it misses nothing of
 DoReMi. A run's directory is described in the README.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import signal
 import time
@@ -23,79 +21,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from errors import UserError
+from cli import MACHINE_FLAGS, PLACES, UserError, flag_lines, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Flags: each once, with unit and default; @FILE reads flags from a file, and the last one wins
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with @FILE (several words, '# comments' and blank lines allowed) and errors in one line, status 2."""
-
-    def __init__(self, description):
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter,
-                         epilog="@FILE reads flags from a file, e.g. @configs/pile_120m.txt; later flags win.")
-        self.files = []
-
-    def _read_args_from_files(self, arg_strings):
-        self.files += [arg[1:] for arg in arg_strings if arg.startswith("@")]
-        return super()._read_args_from_files(arg_strings)
-
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-    def error(self, message):
-        where = f" (flags were also read from {', '.join(self.files)})" if self.files else ""
-        self.exit(2, f"{self.prog}: error: {message}{where}; see --help.\n")
-
-
-def add_optimization_flags(parser):
-    """The flags of training, which the proxy takes over from its reference; returns their names."""
-    group = parser.add_argument_group("optimization")
-    add = group.add_argument
-    add("--max_steps", type=positive, default=2000, help="optimizer steps (default %(default)s)")
-    add("--batch_size", type=positive, default=32, help="sequences per step over all ranks (default %(default)s)")
-    add("--learning_rate", type=float, default=3e-3, help="peak learning rate (default %(default)s)")
-    add("--min_lr", type=float, help="last learning rate (default: a tenth of the peak)")
-    add("--lr_schedule", choices=["cosine", "exponential"], default="cosine",
-        help="decay after warm-up; exponential is the paper's (default %(default)s)")
-    add("--warmup_steps", type=int, help="steps of linear warm-up (default: the paper's 6%% of max_steps)")
-    add("--weight_decay", type=float, default=0.01, help="AdamW's, on matrices only (default %(default)s, the paper's)")
-    add("--beta1", type=float, default=0.9, help="AdamW's (default %(default)s)")
-    add("--beta2", type=float, default=0.99, help="AdamW's (default %(default)s)")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient; 0: none (default %(default)s)")
-    add("--seed", type=int, default=1, help="of the initial weights and of the batches (default %(default)s)")
-    return [action.dest for action in group._group_actions]
-
-
-MACHINE_FLAGS = ("out_dir", "resume", "device", "compile", "micro_batch_size", "log_interval", "eval_interval",
-                 "eval_windows", "save_interval", "wandb")
-PLACES = ("data_dir", "domain_weights", "sampling_weights", "reference")  # what lies there is compared, not its path
-
-
-def add_machine_flags(parser, out_dir):
-    """Flags that do not change what is computed (up to the order of floating-point sums), but for --dtype."""
-    add = parser.add_argument_group("machine").add_argument
-    add("--out_dir", default=out_dir, help="the run's directory (default %(default)s)")
-    add("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
-    add("--device", default="auto", help="cpu, cuda, mps (default: cuda where there is one, else cpu)")
-    add("--dtype", choices=["auto", "bfloat16", "float32", "float64"], default="auto",
-        help="of the computation (default: bfloat16 where the hardware multiplies it, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where the run is long)")
-    add("--micro_batch_size", type=positive, help="sequences per forward pass and rank (default: all of the rank's)")
-    add("--log_interval", type=positive, default=10, help="steps between lines of metrics (default %(default)s)")
-    add("--eval_interval", type=positive, default=200, help="steps between evaluations (default %(default)s)")
-    add("--eval_windows", type=int, default=64, help="validation windows per domain; 0: all (default %(default)s)")
-    add("--save_interval", type=positive, default=500, help="steps between checkpoints (default %(default)s)")
-    add("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="(default %(default)s)")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive whole number")
-    return value
+# Machines: device, precision, ranks
 
 
 def resolve_flags(args):
@@ -108,6 +37,8 @@ def resolve_flags(args):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if multiplies_bfloat16(args.device) else "float32"
+    if args.wandb != "disabled":
+        import_wandb()  # before anything is written
     if not 0 < args.min_lr <= args.learning_rate:
         raise UserError(f"--min_lr={args.min_lr} must be above 0 and at most --learning_rate={args.learning_rate}.")
     if not 0 <= args.warmup_steps <= args.max_steps:
@@ -119,21 +50,6 @@ def multiplies_bfloat16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities() if device == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
-
-
-def flag_lines(args):
-    """The flags in the form that @FILE reads back, --resume left out: a fresh run of the same."""
-    lines = []
-    for name, value in sorted(vars(args).items()):
-        if isinstance(value, bool):
-            lines += [] if name == "resume" else [f"--{name}" if value else f"--no-{name}"]
-        elif value is not None:
-            lines.append(f"--{name}={shlex.quote(str(value))}")
-    return "\n".join(lines) + "\n"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Machines: device, precision, ranks
 
 
 @dataclass(frozen=True)
@@ -170,10 +86,11 @@ class Machine:
 def setup(args):
     """Joins the ranks that torchrun started, picks the device, and settles --micro_batch_size.  Raises UserError."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kinds = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not kinds.get(args.device.split(":")[0]):
+        raise UserError(f"--device={args.device}: there is no such device here; use --device=cpu.")
     device = torch.device(args.device)
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device={args.device}: no CUDA device is visible; use --device=cpu.")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if world_size > 1 else device.index or 0)
         torch.cuda.set_device(device)
     per_rank, left = divmod(args.batch_size, world_size)
@@ -420,11 +337,6 @@ def load_checkpoint(out_dir, stage, identity=None):
     return checkpoint
 
 
-def shown(value, width=200):
-    text = json.dumps(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
-
-
 def write_atomically(path, content):
     """content: a string, or a function that writes to a binary file. The file appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -454,13 +366,17 @@ def open_metrics(path, step):
     return open(path, "a")
 
 
-def start_wandb(args, config):
+def import_wandb():
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs the package wandb: pip install wandb, or use --wandb=disabled.") from None
+    return wandb
+
+
+def start_wandb(args, config):
     name = Path(args.out_dir).name
-    return wandb.init(project="nanodoremi", name=name, dir=args.out_dir, mode=args.wandb, config=config)
+    return import_wandb().init(project="nanodoremi", name=name, dir=args.out_dir, mode=args.wandb, config=config)
 
 
 def fingerprint(model):

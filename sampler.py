@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from errors import UserError
+from cli import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The data set: one file of token ids per domain and split, memory-mapped

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-import errors
+import cli
 import runtime
-from errors import UserError
+from cli import UserError
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
@@ -31,16 +31,18 @@ def update_alpha(alpha, excess, step_size, smoothing):
 
 
 def parse_args():
-    parser = runtime.ArgumentParser(__doc__)
+    parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument_group("DoReMi").add_argument
     add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default %(default)s)")
-    add("--step_size", type=float, default=1.0, help="eta of the weight update (default %(default)s, the paper's)")
-    add("--smoothing", type=float, default=1e-3, help="c: alpha stays above c / K (default %(default)s, the paper's)")
+    add("--step_size", type=cli.non_negative, default=1.0,
+        help="eta of the weight update (default %(default)s, the paper's)")
+    add("--smoothing", type=cli.fraction, default=1e-3,
+        help="c: alpha stays above c / K (default %(default)s, the paper's)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
-    optimization = runtime.add_optimization_flags(parser)
-    runtime.add_machine_flags(parser, "checkpoints/proxy")
+    optimization = cli.add_optimization_flags(parser)
+    cli.add_machine_flags(parser, "checkpoints/proxy")
     reference_config = load_reference_config(parser.parse_args().reference)
     parser.set_defaults(**{name: reference_config["flags"][name] for name in (*optimization, "data_dir", "dtype")})
     return parser.parse_args(), reference_config
@@ -103,20 +105,20 @@ def train(args, reference_config):
 
     reference = load_reference(args, reference_config, dataset, machine)
     torch.manual_seed(args.seed)
-    proxy = Transformer(reference.config, machine.dtype).to(machine.device)
-    optimizer = runtime.adamw(proxy, args)
+    model = Transformer(reference.config, machine.dtype).to(machine.device)
+    optimizer = runtime.adamw(model, args)
     sampler = Sampler(dataset, weights, args.batch_size, args.seed, machine.rank, machine.world_size,
                       pin_memory=machine.device.type == "cuda")
-    args.compile = runtime.decide_compile(args, proxy.flops_per_token() * tokens_per_step * args.max_steps)
-    forward = torch.compile(proxy, dynamic=False) if args.compile else proxy
+    args.compile = runtime.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
+    forward = torch.compile(model, dynamic=False) if args.compile else model
     reference_forward = torch.compile(reference, dynamic=False) if args.compile else reference
 
     origin = {"out_dir": args.reference, "sampling_weights": reference_config["sampling_weights"],
               "seed": reference_config["flags"]["seed"], "max_steps": reference_config["flags"]["max_steps"],
               "fingerprint": runtime.fingerprint(reference)}
-    config = {"model": vars(proxy.config), "n_params": proxy.n_params(), **dataset.describe(weights),
+    config = {"model": vars(model.config), "n_params": model.n_params(), **dataset.describe(weights),
               "reference": origin}
-    flops_per_token = proxy.flops_per_token() * 8 / 6  # 2 of 6 parts more: the reference's forward pass
+    flops_per_token = model.flops_per_token() * 8 / 6  # 2 of 6 parts more: the reference's forward pass
     run = runtime.Run(args, machine, "proxy", config, tokens_per_step, flops_per_token)
     step = 0
     alpha = torch.full((k,), 1 / k, dtype=machine.exact, device=machine.device)  # Alg. 1: alpha_0 = u
@@ -124,11 +126,13 @@ def train(args, reference_config):
     alpha_history = torch.zeros(args.max_steps, k, dtype=machine.exact, device=machine.device)
     if run.checkpoint:
         step = run.checkpoint["step"]
-        proxy.load_state_dict(run.checkpoint["model"])
+        model.load_state_dict(run.checkpoint["model"])
         optimizer.load_state_dict(run.checkpoint["optimizer"])
         sampler.load_state_dict(run.checkpoint["sampler"])
         alpha_history[:step] = run.checkpoint["alpha_history"]
         alpha, excess = alpha_history[step - 1].clone(), run.checkpoint["excess"].to(alpha)
+        if run.main:  # a kill may have come between the checkpoint and its history
+            save_weight_history(run.out_dir, run.checkpoint["alpha_history"])
 
     stop = False
     while step < args.max_steps and not stop:
@@ -165,8 +169,8 @@ def train(args, reference_config):
             if not single_pass:
                 token_loss = forward(tokens)
             (token_weight[domain] * token_loss.sum(dim=1)).sum().backward()
-        machine.all_reduce_gradients(proxy)
-        grad_norm = runtime.clip_gradients(proxy, args.grad_clip)
+        machine.all_reduce_gradients(model)
+        grad_norm = runtime.clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -181,7 +185,7 @@ def train(args, reference_config):
         if run.is_due(step, args.save_interval) or stop:
             with run.paused_clock():
                 history = alpha_history[:step].cpu()
-                run.save(step, {"model": proxy.state_dict(), "optimizer": optimizer.state_dict(),
+                run.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                 "sampler": sampler.state_dict(), "excess": excess, "alpha_history": history})
                 if run.main:
                     save_weight_history(run.out_dir, history)
@@ -190,4 +194,4 @@ def train(args, reference_config):
 
 
 if __name__ == "__main__":
-    errors.run(lambda: train(*parse_args()))
+    cli.run(lambda: train(*parse_args()))

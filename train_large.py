@@ -7,7 +7,7 @@ next    python compare.py BASELINE_DIR OUT_DIR
 It is stage 1 with larger defaults: the same loop, so that a baseline and a DoReMi run differ in their weights alone.
 """
 
-import errors
+import cli
 from train_reference import parse_args, train
 
 DEFAULTS = {"out_dir": "checkpoints/large", "n_layer": 6, "n_head": 6, "n_kv_head": 2, "n_embd": 192, "n_ffn": 512}
@@ -18,4 +18,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

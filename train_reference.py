@@ -10,9 +10,9 @@ train_large.py trains the large model with this same loop.
 
 import torch
 
-import errors
+import cli
 import runtime
-from errors import UserError
+from cli import UserError
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
@@ -20,17 +20,17 @@ DEFAULTS = {"out_dir": "checkpoints/reference", "n_layer": 2, "n_head": 4, "n_kv
 
 
 def parse_args(description, defaults):
-    parser = runtime.ArgumentParser(description)
+    parser = cli.ArgumentParser(description)
     add = parser.add_argument_group("data and model").add_argument
     add("--data_dir", default="data/demo", help="data set of prepare.py (default %(default)s)")
     add("--domain_weights", default="uniform", help="sampling weights of the domains: uniform, token_count, "
         "temperature:P (token_count ** P), unimax:EPOCHS, a FILE.json, or numbers like 0.2,0.8 (default %(default)s)")
-    add("--block_size", type=runtime.positive, default=256, help="context in tokens (default %(default)s)")
+    add("--block_size", type=cli.positive, default=256, help="context in tokens (default %(default)s)")
     for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),
                           ("n_embd", "width"), ("n_ffn", "hidden width of the feed-forward")]:
-        add(f"--{name}", type=runtime.positive, default=defaults[name], help=f"{meaning} (default %(default)s)")
-    runtime.add_optimization_flags(parser)
-    runtime.add_machine_flags(parser, defaults["out_dir"])
+        add(f"--{name}", type=cli.positive, default=defaults[name], help=f"{meaning} (default %(default)s)")
+    cli.add_optimization_flags(parser)
+    cli.add_machine_flags(parser, defaults["out_dir"])
     return parser.parse_args()
 
 
@@ -104,4 +104,4 @@ def main():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    cli.run(main)

@@ -14,7 +14,18 @@ sys.path.insert(0, str(ROOT))
 
 VOCAB = 64
 TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
-        "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4", "--no-compile"]
+        "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4",
+        "--no-compile"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the long forms: every split, many kills, more seeds")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="a long form: --slow"))
 
 
 def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
@@ -58,8 +69,8 @@ def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    result = subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, timeout=timeout,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    result = subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True, text=True,
+                            timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     assert not check or result.returncode == 0, result.stderr
     return result
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import average_weights
-import errors
+import cli
 from average_weights import effective_domains, headline, running_average, thin, times, total_variation
 
 DOMAINS = ["books", "code", "web"]
@@ -55,7 +55,7 @@ def average(*args):
 def refused(capsys, *args):
     """The single line on standard error of a run that must fail with status 2."""
     with pytest.raises(SystemExit) as stop:
-        errors.run(lambda: average(*args))
+        cli.run(lambda: average(*args))
     assert stop.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 import compare
-import errors
+import cli
 from compare import passing, read_comparable, speed_up, spread
 
 DOMAINS = ["books", "code", "web"]
@@ -56,7 +56,7 @@ def run_compare(*args):
 def refused(capsys, *args):
     """The single line on standard error of a run that must fail with status 2."""
     with pytest.raises(SystemExit) as stop:
-        errors.run(lambda: run_compare(*args))
+        cli.run(lambda: run_compare(*args))
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# DoReMi from text to profit, on a laptop: nothing to download but the Python packages, about a quarter of an hour on two
+# cores. Every command can be pasted alone. What is done is not done again: to start over, rm -r data/demo checkpoints.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+# An environment of its own, made once and renewed when requirements.txt changes
+[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+cmp -s requirements.txt .venv/installed.txt || .venv/bin/pip install -q -r requirements.txt
+cp requirements.txt .venv/installed.txt
+source .venv/bin/activate
+
+# Stage 0. Text to tokens: ten uneven domains out of what the Python packages themselves contain
+[ -f data/demo/meta.json ] || python prepare.py
+
+# Stage 1. A small reference model, trained on all domains alike
+python train_reference.py @configs/demo_small.txt --out_dir=checkpoints/reference --domain_weights=uniform --resume
+
+# Stage 2. A proxy of the same shape. Domains on which it lags behind the reference gain weight, step by step
+python train_doremi.py @configs/demo_proxy.txt --reference=checkpoints/reference --out_dir=checkpoints/proxy --resume
+
+# Stage 3. The answer: the average of the proxy's domain weights over its steps
+python average_weights.py checkpoints/proxy
+
+# Stage 4. A model ten times larger, trained on that answer; beside it its baselines, alike in all but the weights
+for name in baseline:token_count uniform:uniform doremi:checkpoints/proxy/weights.json; do
+    python train_large.py @configs/demo_large.txt --out_dir=checkpoints/large-${name%%:*} --domain_weights=${name#*:} --resume
+done
+
+# Stage 5. The profit: held-out loss, domain by domain
+python compare.py checkpoints/large-baseline checkpoints/large-uniform checkpoints/large-doremi
