@@ -190,8 +190,6 @@ class Run:
         self.stop = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)
-        self.progress = tqdm(initial=start, total=args.max_steps, unit="step", desc=self.out_dir.name, mininterval=1,
-                             dynamic_ncols=True, disable=not self.main)
         if self.main:
             self.peak = matmul_peak(machine.device, machine.dtype) * machine.world_size
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -204,6 +202,8 @@ class Run:
             tqdm.write(f"{stage}: {config['n_params']:,} parameters, {args.max_steps:,} steps of {tokens_per_step:,} "
                        f"tokens on {machine.world_size} x {machine.device}, {args.dtype}, "
                        f"{'compiled' if args.compile else 'eager'}{f', after step {start}' if start else ''}")
+        self.progress = tqdm(initial=start, total=args.max_steps, unit="step", desc=self.out_dir.name, mininterval=1,
+                             dynamic_ncols=True, disable=not self.main)
         self.clock = time.perf_counter()
         self.mark = start, self.elapsed()  # step and seconds of the last training line
 
@@ -349,6 +349,8 @@ def write_atomically(path, content):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write does not know where it goes
         if isinstance(error, RuntimeError):  # torch.save reports a full disk as one
             raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
         raise

@@ -70,7 +70,8 @@ def load_dataset(directory, block_size):
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         domains = tuple(meta["domains"])
         sizes = {split: [int(c[f"{split}_tokens"]) for c in meta["domains"].values()] for split in ("train", "val")}
-        meta["tokenizer"], meta["tokenizer_sha256"], int(meta["vocab_size"])  # what a run records
+        meta["vocab_size"] = int(meta["vocab_size"])
+        meta["tokenizer"], meta["tokenizer_sha256"]  # what a run records
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

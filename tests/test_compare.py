@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-import compare
 import cli
+import compare
 from compare import passing, read_comparable, speed_up, spread
 
 DOMAINS = ["books", "code", "web"]

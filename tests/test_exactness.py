@@ -1,0 +1,256 @@
+"""Algorithm 1 is computed exactly, under every split into ranks and micro-batches.
+
+The product's runs are compared, step by step, with the oracle (oracle.py), which shares no code with them. Three data
+sets: `even`, four domains that fill every batch; `skewed`, whose rarest domain appears in one batch of eight; `many`,
+thirty domains for batches of 24, so that some are absent at every step.
+"""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCAB, markov_stream, read_metrics, run_script, write_dataset
+from forked import distance, run_forked
+from oracle import doremi
+
+from model import ModelConfig, Transformer
+from sampler import Sampler, load_dataset
+from train_doremi import update_alpha
+
+pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
+
+BATCH, STEPS = 24, 20
+SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "n_ffn": 24}
+FLAGS = [f"--batch_size={BATCH}", "--learning_rate=0.02", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
+         "--log_interval=1", "--no-compile"]
+SAMPLING = {"even": "uniform", "skewed": "0.9,0.075,0.02,0.005", "many": "uniform"}
+SPLITS = [(1, 6), (2, 12), (2, 4), (4, 3)]  # ranks, micro-batch size: 1 x 4, 2 x 1, 2 x 3, 4 x 2
+NUMBERS = itertools.count()  # of runs: each has its directory
+EXACT = {"float64": 1e-10, "float32": 1e-5}  # what the alphas of two splits may differ by
+
+
+def small_world(directory, case, dtype):
+    """A data set and a reference that has learnt something of it.  Returns their directories."""
+    rng = np.random.default_rng(5)
+    successors = [1, 2, 8, 3] if case != "many" else [1 + i % 9 for i in range(30)]
+    streams = {}
+    for i, n in enumerate(successors):
+        ids = markov_stream(rng, 1600, n)
+        streams[f"domain{i}"] = ids[:1500], ids[1500:]
+    data = write_dataset(directory / "data", streams)
+    run_forked("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
+               *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A function from (case, dtype) to the directory that holds its data and reference."""
+    made = {}
+
+    def make(case, dtype):
+        if (case, dtype) not in made:
+            made[case, dtype] = small_world(tmp_path_factory.mktemp(f"{case}-{dtype}"), case, dtype)
+        return made[case, dtype]
+
+    return make
+
+
+def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **options):
+    """Runs the product; returns what it left: alphas, excess, losses, final parameters, answer."""
+    out = directory / f"proxy{next(NUMBERS)}"
+    launch("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={out}", *FLAGS, "--seed=7",
+           f"--max_steps={STEPS}", "--smoothing=0.01", f"--sampling_weights={SAMPLING[case]}",
+           f"--micro_batch_size={micro_batch_size}", "--grad_clip=0.8", ranks=ranks, **options)
+    metrics = [line for line in read_metrics(out) if "loss" in line]
+    history = torch.load(out / f"doremi_domain_weights_{STEPS}.pt", weights_only=True)
+    assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
+    return {"alpha": torch.stack([entry["domain_weights"] for entry in history]).tolist(),
+            "excess": [list(line["excess_loss"].values()) for line in metrics],
+            "logged_alpha": [list(line["alpha"].values()) for line in metrics],
+            "loss": [line["loss"] for line in metrics], "grad_norm": [line["grad_norm"] for line in metrics],
+            "model": torch.load(out / "ckpt.pt", weights_only=True)["model"],
+            "alpha_bar": (sum(entry["domain_weights"] for entry in history) / len(history)).tolist(), "out": out}
+
+
+def run_oracle(directory, case, dtype):
+    """The same run by the oracle, in float64 from what the run of dtype starts from."""
+    flags = json.loads((directory / "reference/config.json").read_text())["flags"]
+    flags |= {"seed": 7, "max_steps": STEPS, "step_size": 1.0, "smoothing": 0.01, "grad_clip": 0.8}
+    torch.manual_seed(7)
+    initial = Transformer(ModelConfig(vocab_size=VOCAB, **SHAPE), getattr(torch, dtype)).state_dict()
+    reference = torch.load(directory / "reference/ckpt.pt", weights_only=True)["model"]
+    sampler, k = all_slots(directory, case)
+    batches = [(batch.tokens.long(), batch.domain.tolist()) for batch in (sampler.next_batch() for _ in range(STEPS))]
+    sampler.close()
+    torch.set_num_threads(1)
+    return doremi(initial, reference, batches, k, flags)
+
+
+def all_slots(directory, case, **ranks):
+    dataset = load_dataset(directory / "data", SHAPE["block_size"])
+    k = len(dataset.domains)
+    weights = np.full(k, 1 / k) if SAMPLING[case] == "uniform" else np.array(eval(SAMPLING[case]))
+    return Sampler(dataset, weights, BATCH, 7, **ranks), k
+
+
+@pytest.mark.parametrize("case", SAMPLING)
+def test_run_is_the_oracles(world, case):
+    """Twenty steps in float64: alpha, excess, every parameter's gradient, the final parameters, the answer."""
+    directory = world(case, "float64")
+    record = directory / "record"
+    found = run_proxy(directory, case, 2, 4, record=record)
+    expected = run_oracle(directory, case, "float64")
+
+    gradients = torch.load(f"{record}.0", weights_only=True)["gradients"]
+    deviations = {name: distance(found[name], expected[name])
+                  for name in ("alpha", "excess", "loss", "grad_norm", "model", "alpha_bar")}
+    deviations["gradients"] = max(map(distance, gradients, expected["gradients"]))
+    print(f"\n{case}, float64 against the oracle: {deviations}")
+    assert len(gradients) == STEPS and len(gradients[0]) == 2 + 6 * SHAPE["n_layer"]
+    assert deviations.pop("model") < 1e-10  # twenty steps of Adam amplify
+    assert max(deviations.values()) < 1e-12
+    assert found["logged_alpha"] == found["alpha"]  # metrics.jsonl says what the history says
+
+    # The case is what it is meant to be: alpha moves, some steps are clipped and some are not, domains are absent
+    alpha = np.array(found["alpha"])
+    assert np.abs(alpha[-1] - alpha[0]).max() > 0.02
+    assert min(found["grad_norm"]) < 0.8 < max(found["grad_norm"])
+    assert (expected["absent"] > STEPS) == (case != "even")
+
+
+@pytest.mark.parametrize("case", SAMPLING)
+def test_float32_stays_near_the_oracle(world, case):
+    """The product in float32, the oracle in float64: what single precision costs in twenty steps."""
+    directory = world(case, "float32")
+    found, expected = run_proxy(directory, case, 1, 24), run_oracle(directory, case, "float32")
+    deviations = {name: distance(found[name], expected[name]) for name in ("alpha", "excess", "model", "alpha_bar")}
+    print(f"\n{case}, float32 against the oracle: {deviations}")
+    assert deviations["alpha"] < 1e-5 and deviations["alpha_bar"] < 1e-5
+
+
+def check_splits(directory, case, dtype, splits, launch):
+    """Same batches, same alphas, same excess: the largest deviation of alpha from that of one rank in one pass."""
+    sampler, _ = all_slots(directory, case)
+    batches = [sampler.next_batch() for _ in range(STEPS)]
+    sampler.close()
+    first = run_proxy(directory, case, 1, BATCH)
+    worst, absent = 0.0, 0
+    for ranks, micro_batch_size in splits:
+        record = directory / f"record-{ranks}x{micro_batch_size}" if launch is run_forked else None
+        found = run_proxy(directory, case, ranks, micro_batch_size, launch, **({"record": record} if record else {}))
+        deviation = {name: distance(found[name], first[name]) for name in ("alpha", "excess", "model")}
+        print(f"\n{case}, {dtype}, {ranks} ranks of {micro_batch_size} at a time, against 1 of {BATCH}: {deviation}")
+        assert deviation["alpha"] < EXACT[dtype] and deviation["excess"] < 10 * EXACT[dtype]
+        worst = max(worst, deviation["alpha"])
+        notes = [torch.load(f"{record}.{rank}", weights_only=True) for rank in range(ranks)] if record else []
+        for t, batch in enumerate(batches if record else []):
+            for rank, own in enumerate(notes):  # slot s of the global batch is row s // ranks of rank s % ranks
+                assert torch.equal(own["tokens"][t], batch.tokens[rank::ranks].long())
+                assert torch.equal(own["domain"][t], batch.domain[rank::ranks])
+                absent += len(batch.domain.unique()) - len(own["domain"][t].unique())
+            assert all(distance(own["gradients"][t], notes[0]["gradients"][t]) == 0 for own in notes)
+    if case == "skewed" and record and max(ranks for ranks, _ in splits) > 1:
+        assert absent > 0  # some rank lacked a domain that the batch had
+    return worst
+
+
+@pytest.mark.parametrize("case, dtype, splits", [
+    ("even", "float64", [(1, 6), (2, 12)]), ("skewed", "float64", [(2, 4), (4, 3)]),
+    ("many", "float64", [(1, 6), (2, 4)]), ("even", "float32", [(2, 4)]), ("skewed", "float32", [(1, 6)])])
+def test_a_split_changes_nothing(world, case, dtype, splits):
+    check_splits(world(case, dtype), case, dtype, splits, run_forked)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("case", SAMPLING)
+def test_every_split_is_the_same_run(world, case, dtype):
+    """1 x 4, 2 x 1, 2 x 3 and 4 x 2 ranks and micro-batches against 1 x 1, forked and under torchrun."""
+    directory = world(case, dtype)
+    for launch in (run_forked, run_script):
+        check_splits(directory, case, dtype, SPLITS, launch)
+
+
+def test_under_torchrun(world):
+    """The launcher that people use gives what the forked processes of these tests give, to the bit."""
+    directory = world("skewed", "float64")
+    found, forked = (run_proxy(directory, "skewed", 2, 4, launch=launch) for launch in (run_script, run_forked))
+    assert found["alpha"] == forked["alpha"] and distance(found["model"], forked["model"]) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update by hand
+
+
+def double(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_update_by_hand():
+    """eta = 2, c = 0.1: alpha' = (0.2 e^(2 * ln 2), 0.3 e^0, 0.5 e^(2 * ln 3)) = (0.8, 0.3, 4.5), of sum 5.6."""
+    alpha = update_alpha(double(0.2, 0.3, 0.5), double(math.log(2), 0, math.log(3)), step_size=2.0, smoothing=0.1)
+    expected = [0.9 * 0.8 / 5.6 + 0.1 / 3, 0.9 * 0.3 / 5.6 + 0.1 / 3, 0.9 * 4.5 / 5.6 + 0.1 / 3]
+    assert alpha.tolist() == pytest.approx(expected, abs=1e-15)
+    assert float(alpha.sum()) == pytest.approx(1, abs=1e-15)
+
+
+def test_alpha_carries_over():
+    """Each step multiplies the odds by three; from the smoothed alpha, not from the raw one."""
+    alpha, excess = double(0.5, 0.5), double(math.log(3), 0)
+    for odds in (3, 9, 27):
+        alpha = update_alpha(alpha, excess, step_size=1.0, smoothing=0.0)
+        assert alpha[0] / alpha[1] == pytest.approx(odds, rel=1e-14)
+    first = update_alpha(double(0.5, 0.5), excess, 1.0, 0.2)  # 0.8 * (3/4, 1/4) + 0.1 = (0.7, 0.3)
+    assert first.tolist() == pytest.approx([0.7, 0.3], abs=1e-15)
+    second = update_alpha(first, excess, 1.0, 0.2)  # (2.1, 0.3) / 2.4 = (7/8, 1/8) -> 0.8 * (7/8, 1/8) + 0.1
+    assert second.tolist() == pytest.approx([0.8, 0.2], abs=1e-15)
+
+
+def test_update_survives_any_excess():
+    """exp(1e4) is infinite, the weights are not: all but the smoothing goes to the first domain."""
+    alpha = update_alpha(double(0.25, 0.25, 0.25, 0.25), double(1e4, 0, 0, 9e3), step_size=1.0, smoothing=1e-3)
+    assert alpha.tolist() == pytest.approx([1 - 0.75e-3, 0.25e-3, 0.25e-3, 0.25e-3], abs=1e-15)
+    again = update_alpha(alpha, double(0, 0, 0, 1e4), step_size=1.0, smoothing=1e-3)  # no weight is ever lost for good
+    assert again.tolist() == pytest.approx([0.25e-3, 0.25e-3, 0.25e-3, 1 - 0.75e-3], abs=1e-15)
+
+
+def test_uniform_alpha_is_ordinary_training(world):
+    """Step size 0 and uniform sampling: alpha stays 1/K, and a proxy is the reference's run but for rounding.
+
+    24 sequences of 4 domains: 6 of each, so that the mean of the domains' means is the mean over all tokens.
+    """
+    directory = world("even", "float64")
+    common = [f"--data_dir={directory}/data", *FLAGS, "--max_steps=5", "--seed=3", "--dtype=float64"]
+    run_forked("train_reference.py", f"--out_dir={directory}/plain", *common,
+               *(f"--{name}={value}" for name, value in SHAPE.items()))
+    run_forked("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={directory}/still", "--step_size=0",
+               *common)
+    plain, still = (torch.load(directory / name / "ckpt.pt", weights_only=True) for name in ("plain", "still"))
+    assert distance(plain["model"], still["model"]) < 1e-12
+    assert distance(still["alpha_history"], np.full((5, 4), 0.25)) < 1e-15
+    assert [line["loss"] for line in read_metrics(directory / "plain") if "loss" in line] == pytest.approx(
+        [line["loss"] for line in read_metrics(directory / "still") if "loss" in line], abs=1e-12)
+
+
+def test_absent_domain_keeps_its_last_excess(world):
+    """Its lambda is 0 before its first batch, then its last: and alpha moves on by it all the same."""
+    directory = world("skewed", "float64")
+    found = run_proxy(directory, "skewed", 1, BATCH)
+    lines = [line for line in read_metrics(found["out"]) if "loss" in line]
+    before, alpha, seen, kept = [0.0] * 4, [0.25] * 4, set(), set()
+    for line in lines:
+        present = {int(name.removeprefix("domain")) for name in line["domain_loss"]}
+        excess = list(line["excess_loss"].values())
+        for i in set(range(4)) - present:
+            assert excess[i] == before[i]
+            assert (excess[i] == 0) == (i not in seen)
+            kept |= {i} & seen
+        raised = [a * math.exp(e) for a, e in zip(alpha, excess)]
+        alpha = list(line["alpha"].values())
+        assert alpha == pytest.approx([0.99 * r / sum(raised) + 0.01 / 4 for r in raised], abs=1e-14)
+        before, seen = excess, seen | present
+    assert kept and 3 not in {int(name[-1]) for name in lines[0]["domain_loss"]}  # both cases have been seen

@@ -1,0 +1,299 @@
+"""The transformer: sizes, losses, gradients, and what it must not see or keep."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model
+import runtime
+import train_reference
+from model import Attention, ModelConfig, TokenLoss, Transformer, rotary_table, rotate
+
+SMALL = ModelConfig(vocab_size=61, block_size=12, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_ffn=40)
+
+
+def build(config=SMALL, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return Transformer(config, dtype)
+
+
+def random_tokens(b=3, t=SMALL.block_size, vocab_size=SMALL.vocab_size, seed=1):
+    return torch.randint(vocab_size, (b, t + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def hidden(transformer, tokens):
+    """What the head sees: (B, T, D)."""
+    found = []
+    handle = transformer.norm.register_forward_hook(lambda module, inputs, output: found.append(output))
+    transformer(tokens)
+    handle.remove()
+    return found[0]
+
+
+def plain_loss(transformer, tokens):
+    """Cross-entropy of all the logits at once, by PyTorch: (B, T)."""
+    logits = F.linear(hidden(transformer, tokens), transformer.embedding.weight)
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@pytest.mark.parametrize("name, vocab_size, total, without_embedding", [
+    ("official_120m", 50_277, 123_566_592, 84_953_856),
+    ("nanotron_280m", 49_152, 207_639_552, 157_307_904),
+    ("nanotron_2.8b", 49_152, 2_315_309_056, 2_113_982_464),
+    ("paper_280m", 256_000, 281_561_856, 84_953_856),
+    ("paper_1b", 256_000, 1_329_924_096, 805_636_096),
+])
+def test_parameter_counts_of_the_configs(name, vocab_size, total, without_embedding, monkeypatch):
+    """The numbers that stand in the head of each file, and its number of tokens, against the flags below it."""
+    path = Path(__file__).parent.parent / "configs" / f"{name}.txt"
+    monkeypatch.setattr("sys.argv", ["train_reference.py", f"@{path}"])
+    args = train_reference.parse_args("", train_reference.DEFAULTS)
+    shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn")}
+    with torch.device("meta"):
+        transformer = Transformer(ModelConfig(vocab_size, **shape))
+    assert transformer.n_params() == total
+    assert total - vocab_size * args.n_embd == without_embedding
+    tokens = args.max_steps * args.batch_size * args.block_size
+    head = path.read_text()
+    assert f"{total:,} parameters with {vocab_size:,} tokens" in head
+    assert f"{without_embedding:,} without the embedding" in head and f"{tokens:,} tokens" in head
+    assert f"{transformer.flops_per_token() * tokens:.1e}".replace("e+", "e") in head
+    hours = transformer.flops_per_token() * tokens / (0.4 * 989e12) / 3600
+    assert f"about {hours:.0f} H100-hours" in head
+    assert args.batch_size % (8 * args.micro_batch_size) == 0  # 8 GPUs
+
+
+def test_every_config_is_counted():
+    counted = {"official_120m", "nanotron_280m", "nanotron_2.8b", "paper_280m", "paper_1b"}
+    demo = {"demo_small", "demo_large"}
+    assert {path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.txt")} - demo == counted
+
+
+def test_parameters_and_flops_by_hand():
+    """V 61, T 12, L 2, H 4, G 2, D 24, E 6, F 40."""
+    block = 24 * (4 + 2 * 2) * 6 + 24 * 24 + 24 * 2 * 40 + 40 * 24  # qkv, out, gate and up, down
+    assert block == 1152 + 576 + 1920 + 960 == 4608
+    matrices = 61 * 24 + 2 * block  # the tied embedding as head
+    assert build().n_params() == matrices + 24 * (2 * 2 + 1)  # and five norms
+    assert build().flops_per_token() == 6 * matrices + 12 * 2 * 24 * 12 == 70_992
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"n_head": 5}, "n_embd 24"), ({"n_head": 8}, "even head size"), ({"n_kv_head": 3}, "multiple of n_kv_head"),
+    ({"n_layer": 0}, "n_layer is 0")])
+def test_impossible_shapes(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**vars(SMALL), **change})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 36, 1000])
+def test_losses_are_those_of_the_full_logits(chunk_tokens, monkeypatch):
+    monkeypatch.setattr(model, "LOSS_CHUNK", chunk_tokens * SMALL.vocab_size)  # 36 tokens: 36, 6, 1 and 1 chunks
+    transformer, tokens = build(), random_tokens()
+    transformer.embedding.weight.data *= 50  # far from uniform: losses between 0 and tens of nats
+    losses = transformer(tokens)
+    logits = hidden(transformer, tokens) @ transformer.embedding.weight.T
+    expected = -torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    assert losses.shape == (3, 12) and losses.dtype == torch.float64
+    assert losses.max() > 10
+    torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
+def test_losses_in_lower_precision(dtype, bound):
+    exact, tokens = build(), random_tokens(b=8)
+    exact.embedding.weight.data *= 20
+    lower = build(dtype=dtype)
+    lower.load_state_dict(exact.state_dict())
+    losses = lower(tokens)
+    assert losses.dtype == torch.float32  # summed in float32 whatever the products are in
+    assert (losses.double() - exact(tokens)).abs().max() < bound
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 4, 100])
+def test_gradient_of_the_loss(chunk_tokens, monkeypatch):
+    """Ten tokens: chunks of 3, 3, 3, 1, of 4, 4, 2, and one of 10."""
+    monkeypatch.setattr(model, "LOSS_CHUNK", chunk_tokens * 7)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(10, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(7, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(7, (10,), generator=generator)
+    assert torch.autograd.gradcheck(lambda x, weight: TokenLoss.apply(x, weight, targets), (x, weight))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_gradient_of_the_model(dtype, bound, monkeypatch):
+    """Against plain autograd in float64, tokens weighted unequally, relative to the largest entry of each gradient."""
+    monkeypatch.setattr(model, "LOSS_CHUNK", 10 * SMALL.vocab_size)  # 36 tokens: chunks of 10, 10, 10, 6
+    exact, tokens = build(), random_tokens()
+    ours = build(dtype=dtype)
+    ours.load_state_dict(exact.state_dict())
+    weight = torch.linspace(0.1, 2.0, 36, dtype=torch.float64).view(3, 12)
+    (weight * plain_loss(exact, tokens)).sum().backward()
+    (weight * ours(tokens)).sum().backward()
+    for (name, expected), found in zip(exact.named_parameters(), ours.parameters()):
+        assert found.grad.dtype == found.dtype
+        error = (found.grad.double() - expected.grad).abs().max() / expected.grad.abs().max()
+        assert error < bound, (name, error)
+
+
+def test_no_logits_are_kept(monkeypatch):
+    """Of 256 tokens and 4096 words: their logits would be 4 MB; all that the head keeps is x, targets and log Z."""
+    monkeypatch.setattr(model, "LOSS_CHUNK", 16 * 4096)
+    n, v, d = 256, 4096, 8
+    x, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = TokenLoss.apply(x, weight, torch.zeros(n, dtype=torch.int64))
+    assert sum(t.numel() for t in kept if t is not weight) == n * d + n + n  # the weight is no copy
+    assert not any(isinstance(value, torch.Tensor) for value in vars(loss.grad_fn).values())
+    loss.sum().backward()
+
+    config = ModelConfig(vocab_size=v, block_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=d, n_ffn=8)
+    transformer, kept = build(config, torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        transformer(random_tokens(4, 64, v))
+    assert max(t.numel() for t in kept) == v * d  # the embedding; the logits would be 32 times that
+
+
+def test_first_loss_is_that_of_a_guess():
+    config = ModelConfig(vocab_size=2000, block_size=32, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, n_ffn=128)
+    loss = build(config, torch.float32)(random_tokens(8, 32, 2000)).mean().item()
+    assert loss == pytest.approx(math.log(2000), abs=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def test_no_token_sees_a_later_one():
+    """A change of token j moves the loss that predicts it (j - 1) and later ones, none before."""
+    transformer, tokens = build(), random_tokens()
+    losses = transformer(tokens)
+    for j in range(1, 13):
+        changed = tokens.clone()
+        changed[:, j] = (changed[:, j] + 1) % SMALL.vocab_size
+        moved = (transformer(changed) != losses).any(dim=0)
+        assert not moved[: j - 1].any() and moved[j - 1 :].all()
+
+
+def test_sequences_do_not_see_each_other():
+    transformer, tokens = build(), random_tokens()
+    torch.testing.assert_close(transformer(tokens)[1:2], transformer(tokens[1:2]), rtol=0, atol=1e-13)
+
+
+def test_shorter_sequences_give_the_same_losses():
+    transformer, tokens = build(), random_tokens()
+    torch.testing.assert_close(transformer(tokens)[:, :5], transformer(tokens[:, :6]), rtol=0, atol=1e-13)
+
+
+def test_rotary_is_relative_and_keeps_norms():
+    """q at position m times k at position n depends on m - n alone; and it does depend on it."""
+    rotary = rotary_table(20, 6)
+    q, k = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    everywhere = [rotate(v.expand(1, 20, 1, 6), rotary)[0, :, 0] for v in (q, k)]  # (T, E)
+    product = everywhere[0] @ everywhere[1].T  # (T, T)
+    for distance in range(-19, 20):
+        diagonal = product.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-12)
+    assert product[0].unique().numel() == 20
+    torch.testing.assert_close(everywhere[0].norm(dim=-1), q.norm().expand(20), rtol=1e-14, atol=0)
+    torch.testing.assert_close(everywhere[0][0], q, rtol=0, atol=0)  # position 0 is not turned
+    # the slowest pair turns by base ** -(4 / 6) a position, the fastest by one radian
+    assert rotary.shape == (2, 20, 3)
+    assert rotary[1, 1].tolist() == pytest.approx([math.sin(10_000 ** (-2 * i / 6)) for i in range(3)], rel=1e-14)
+
+
+def test_order_of_the_words_matters():
+    """Without positions the last loss would not change when two earlier words swap places."""
+    transformer, tokens = build(), random_tokens()
+    tokens[:, 2] = (tokens[:, 3] + 1) % SMALL.vocab_size
+    swapped = tokens[:, [0, 1, 3, 2, *range(4, 13)]]
+    assert (transformer(tokens)[:, -1] != transformer(swapped)[:, -1]).all()
+
+
+def test_grouped_queries_are_repeated_keys():
+    """Two key/value heads for four query heads are four of them, each used twice."""
+    grouped = Attention(SMALL).double()
+    full = Attention(ModelConfig(**{**vars(SMALL), "n_kv_head": 4})).double()
+    q, k, v = grouped.qkv.weight.data.view(8, 6, 24).split([4, 2, 2])
+    repeated = [q, k.repeat_interleave(2, dim=0), v.repeat_interleave(2, dim=0)]
+    full.qkv.weight.data = torch.cat(repeated).flatten(0, 1)
+    full.out.weight.data = grouped.out.weight.data
+    x, rotary = torch.randn(2, 12, 24, dtype=torch.float64), rotary_table(12, 6)
+    torch.testing.assert_close(grouped(x, rotary), full(x, rotary), rtol=1e-12, atol=1e-14)
+
+
+def test_attention_by_hand():
+    """One head, against the formula: softmax(q k' / sqrt(E)) v below the diagonal."""
+    attention = Attention(ModelConfig(**{**vars(SMALL), "n_head": 1, "n_kv_head": 1})).double()
+    x, rotary = torch.randn(1, 12, 24, dtype=torch.float64), rotary_table(12, 24)
+    q, k, v = (x[0] @ attention.qkv.weight.T).split(24, dim=-1)
+    q, k = (rotate(t[None, :, None], rotary)[0, :, 0] for t in (q, k))
+    scores = (q @ k.T / math.sqrt(24)).masked_fill(torch.ones(12, 12).triu(1).bool(), -math.inf)
+    expected = scores.softmax(dim=-1) @ v @ attention.out.weight.T
+    torch.testing.assert_close(attention(x, rotary)[0], expected, rtol=1e-12, atol=1e-14)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In use
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_frozen_copy_gives_the_same_losses_to_the_bit(dtype):
+    transformer, tokens = build(dtype=dtype), random_tokens()
+    losses = transformer(tokens)
+    frozen = transformer.freeze()
+    assert torch.equal(frozen(tokens), losses.detach())
+    assert all(p.dtype == dtype and not p.requires_grad for p in frozen.parameters())
+    assert not frozen(tokens).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_learns_a_batch_by_heart(dtype):
+    transformer, tokens = build(dtype=dtype), random_tokens(4)
+    tokens[:, 0] = torch.arange(4)  # the sequences start apart, so that each can be known from its first word
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-2)
+    for _ in range(80):
+        loss = transformer(tokens).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.1
+
+
+def test_weight_decay_is_for_matrices_only(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_reference.py", "--weight_decay=0.3"])
+    decayed, rest = runtime.adamw(build(), train_reference.parse_args("", train_reference.DEFAULTS)).param_groups
+    assert decayed["weight_decay"] == 0.3 and {p.dim() for p in decayed["params"]} == {2}
+    assert rest["weight_decay"] == 0.0 and len(rest["params"]) == 5  # the norms
+
+
+def test_seed_sets_the_weights():
+    first, again, other = build(), build(), build(seed=1)
+    assert runtime.fingerprint(first) == runtime.fingerprint(again) != runtime.fingerprint(other)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_model_gives_the_same_losses_and_gradients(monkeypatch):
+    monkeypatch.setattr(model, "LOSS_CHUNK", 10 * SMALL.vocab_size)
+    eager, compiled, tokens = build(dtype=torch.float32), build(dtype=torch.float32), random_tokens()
+    losses = [f(tokens) for f in (eager, torch.compile(compiled, dynamic=False))]
+    assert (losses[0] - losses[1]).abs().max() < 1e-5
+    for loss in losses:
+        loss.mean().backward()
+    for ours, theirs in zip(eager.parameters(), compiled.parameters()):
+        assert (ours.grad - theirs.grad).abs().max() < 1e-5 * ours.grad.abs().max() + 1e-7
