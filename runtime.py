@@ -114,7 +114,7 @@ def decide_compile(args, flops):
         return args.compile
     if args.device != "cpu":
         return args.device.startswith("cuda")
-    return flops > 2e13 and args.dtype != "float64" and bool(shutil.which("g++") or shutil.which("clang++"))
+    return flops > 5e13 and args.dtype != "float64" and bool(shutil.which("g++") or shutil.which("clang++"))
 
 
 def adamw(model, args):

@@ -41,7 +41,7 @@ def parse_args():
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
-    optimization = cli.add_optimization_flags(parser)
+    optimization = cli.add_optimization_flags(parser, "taken over from the reference's run where they are not given")
     cli.add_machine_flags(parser, "checkpoints/proxy")
     reference_config = load_reference_config(parser.parse_args().reference)
     parser.set_defaults(**{name: reference_config["flags"][name] for name in (*optimization, "data_dir", "dtype")})

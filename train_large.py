@@ -10,7 +10,8 @@ It is stage 1 with larger defaults: the same loop, so that a baseline and a DoRe
 import cli
 from train_reference import parse_args, train
 
-DEFAULTS = {"out_dir": "checkpoints/large", "n_layer": 6, "n_head": 6, "n_kv_head": 2, "n_embd": 192, "n_ffn": 512}
+DEFAULTS = {"out_dir": "checkpoints/large", "n_layer": 5, "n_head": 3, "n_kv_head": 1, "n_embd": 192, "n_ffn": 512,
+            "max_steps": 800, "learning_rate": 2e-3}
 
 
 def main():

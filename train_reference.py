@@ -28,9 +28,10 @@ def parse_args(description, defaults):
     add("--block_size", type=cli.positive, default=256, help="context in tokens (default %(default)s)")
     for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),
                           ("n_embd", "width"), ("n_ffn", "hidden width of the feed-forward")]:
-        add(f"--{name}", type=cli.positive, default=defaults[name], help=f"{meaning} (default %(default)s)")
+        add(f"--{name}", type=cli.positive, help=f"{meaning} (default %(default)s)")
     cli.add_optimization_flags(parser)
     cli.add_machine_flags(parser, defaults["out_dir"])
+    parser.set_defaults(**defaults)
     return parser.parse_args()
 
 

@@ -97,7 +97,8 @@ def draw(domains, histories, answers, step_sizes, setting):
     handles = [axes[0, 0].plot([], [], dash, color=colour)[0] for _, (colour, dash) in zip(domains, styles)]
     figure.legend(handles, domains, loc="center left", bbox_to_anchor=(0.9, 0.5), frameon=False, fontsize=8)
     costliest = max((total_variation(a.mean(0), answers[s, "exact"].mean(0)), v) for (s, v), a in answers.items())
-    add_titles(figure, f"The costliest departure: {costliest[1]}, which moves {costliest[0]:.2f} of the answer", setting)
+    finding = f"The costliest departure: {costliest[1]}, which moves {costliest[0]:.2f} of the answer"
+    add_titles(figure, finding, setting)
     return figure
 
 

@@ -179,7 +179,7 @@ MUTATIONS = [
              "bins[domain][side].write(ids, count)"),
     mutation("duplicates straddle the split", "prepare.py", "tests/test_prepare.py",
              "return [(domain, text_hash(data) < val_fraction,",
-             "return [(domain, text_hash(data + str(len(encoded) + id(ids)).encode()) < val_fraction,"),
+             "return [(domain, text_hash(data + os.urandom(8)) < val_fraction,"),
     mutation("alpha_0 is averaged in", "average_weights.py", "tests/test_average_weights.py",
              "return np.cumsum(alpha, axis=0) / np.arange(1, len(alpha) + 1)[:, None]",
              "return (1 / alpha.shape[1] + np.cumsum(alpha, axis=0)) / np.arange(2, len(alpha) + 2)[:, None]"),
@@ -233,6 +233,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("word", nargs="?", default="", help="only mutations whose name holds it")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="take it for granted that the unbroken copy passes")
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTATIONS if args.word in mutant.name]
     texts = {mutant.file: (ROOT / mutant.file).read_text() for mutant in chosen}
@@ -242,10 +243,11 @@ def main():
         sys.exit("\n".join(stale))
 
     # Unbroken, the copy passes: what kills a mutant is its mutation
-    _, failed, seconds = judge(Mutation("nothing", chosen[0].file, "", ()))
-    print(f"{'unbroken':60} {seconds:4.0f} s  {failed or 'passes'}", flush=True)
-    if failed:
-        sys.exit(1)
+    if not args.quick:
+        _, failed, seconds = judge(Mutation("nothing", chosen[0].file, "", ()))
+        print(f"{'unbroken':60} {seconds:4.0f} s  {failed or 'passes'}", flush=True)
+        if failed:
+            sys.exit(1)
     survivors = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for mutant, killer, seconds in pool.map(judge, chosen):

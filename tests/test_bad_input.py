@@ -461,7 +461,8 @@ def test_full_disk_while_metrics_are_written(tmp_path, world):
     command = [sys.executable, str(ROOT / "train_reference.py"), *TINY, f"--data_dir={world.data}", f"--out_dir={out}",
                "--log_interval=1", "--save_interval=1000", "--max_steps=100"]
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1",
+                                 "PYTHONDONTWRITEBYTECODE": "1"})  # it would be cut short too
     assert_refused("train_reference.py", result, ["File too large", "--out_dir"], late=True)
     assert {path.name for path in out.iterdir()} == {"flags.txt", "config.json", "metrics.jsonl"}
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import model
 import runtime
+import train_large
 import train_reference
 from model import Attention, ModelConfig, TokenLoss, Transformer, rotary_table, rotate
 
@@ -73,8 +74,26 @@ def test_parameter_counts_of_the_configs(name, vocab_size, total, without_embedd
 
 def test_every_config_is_counted():
     counted = {"official_120m", "nanotron_280m", "nanotron_2.8b", "paper_280m", "paper_1b"}
-    demo = {"demo_small", "demo_large"}
+    demo = {"demo_small", "demo_large"}  # see test_demo_configs_are_the_defaults
     assert {path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.txt")} - demo == counted
+
+
+@pytest.mark.parametrize("name, script, total", [
+    ("demo_small", train_reference, 229_696), ("demo_large", train_large, 2_361_408)])
+def test_demo_configs_are_the_defaults(name, script, total, monkeypatch):
+    path = Path(__file__).parent.parent / "configs" / f"{name}.txt"
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    plain = train_reference.parse_args("", script.DEFAULTS)
+    monkeypatch.setattr("sys.argv", ["train.py", f"@{path}"])
+    args = train_reference.parse_args("", script.DEFAULTS)
+    assert vars(args) == vars(plain)
+    for flag in path.read_text().split("\n\n", 1)[1].split():  # each stands in the file because it is set there
+        key, value = flag.removeprefix("--").split("=")
+        assert getattr(args, key) == float(value)
+    shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn")}
+    with torch.device("meta"):
+        assert Transformer(ModelConfig(vocab_size=2048, **shape)).n_params() == total
+    assert f"{total:,} parameters" in path.read_text()
 
 
 def test_parameters_and_flops_by_hand():

@@ -169,6 +169,7 @@ def test_random_kills(world, undisturbed, tmp_path, script, ranks, kills=12):
         done = all(process.exitcode == 0 for process in job.processes)
         job.kill()
         if done:  # faster than the kills: it starts again
+            assert_same(left_by(tmp_path / "run"), expected)
             shutil.rmtree(tmp_path / "run")
             continue
         checkpoint = tmp_path / "run/ckpt.pt"
