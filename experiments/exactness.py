@@ -57,12 +57,12 @@ def train_proxy(variant, reference, dataset, machine, args, step_size, seed):
             excess_sum = excess_sum.clamp(min=0)
         else:
             excess_sum, count = domain_sums(difference.clamp(min=0), domain, k, machine.exact)
-        divisor = domain_sums((difference > 0).float(), domain, k)[0] if variant == "positive tokens" else count
+        divisor = domain_sums((difference > 0).double(), domain, k)[0] if variant == "positive tokens" else count
         excess = torch.where(count > 0, excess_sum / divisor.clamp(min=1), excess)
         before = torch.full_like(alpha, 1 / k) if variant == "carry lost" else alpha
         alpha = update_alpha(before, excess, step_size, 1e-3)
         history.append(alpha)
-        weight = ((before if variant == "stale alpha" else alpha) / count.clamp(min=1)).float()
+        weight = ((before if variant == "stale alpha" else alpha) / count.clamp(min=1)).to(token_loss.dtype)
         objective = (token_loss - reference_loss).clamp(min=0) if variant == "clipped gradient" else token_loss
         (weight[domain] * objective.sum(dim=1)).sum().backward()
         runtime.clip_gradients(model, args.grad_clip)
@@ -72,10 +72,15 @@ def train_proxy(variant, reference, dataset, machine, args, step_size, seed):
     return torch.stack(history).cpu().numpy()
 
 
-def draw(domains, histories, answers, step_sizes, setting):
-    """A row per step size, a column per variant: alpha over the steps, and the answer at the right edge.
+def distance(alphas, step_size, variant):
+    """Total variation between a variant's answer and the exact one: the share of the tokens that is misplaced."""
+    return total_variation(alphas[step_size, variant].mean(axis=0), alphas[step_size, "exact"].mean(axis=0))
 
-    histories: {(step_size, variant): (T, K)} of the first seed; answers: {..: [(K,) of each seed]}.
+
+def draw(domains, alphas, step_sizes, setting):
+    """A row per step size, a column per variant: alpha over the steps, and its average, the answer, at the right edge.
+
+    alphas: {(step_size, variant): (T, K)}.
     """
     figure = Figure(figsize=(2.2 * len(VARIANTS) + 2.2, 2.6 * len(step_sizes) + 1.3))
     axes = figure.subplots(len(step_sizes), len(VARIANTS), sharex=True, sharey="row", squeeze=False)
@@ -83,22 +88,21 @@ def draw(domains, histories, answers, step_sizes, setting):
     figure.subplots_adjust(left=0.06, right=0.88, top=1 - 1.15 / height, bottom=0.5 / height, wspace=0.08, hspace=0.15)
     styles = [(shade, dash) for dash in ("-", "--", ":") for shade in ("#440154", "#3b6f8d", "#2fb07f", "#c8a415")]
     for row, step_size in zip(axes, step_sizes):
-        exact = answers[step_size, "exact"][0]
         for ax, variant in zip(row, VARIANTS):
-            history, answer = histories[step_size, variant], answers[step_size, variant][0]
+            alpha = alphas[step_size, variant]
             for i, (colour, dash) in zip(range(len(domains)), styles):
-                ax.plot(np.arange(1, len(history) + 1), history[:, i], dash, color=colour, linewidth=0.8)
-                ax.plot(len(history) * 1.04, answer[i], "o", color=colour, markersize=4, clip_on=False)
-            title = variant if variant == "exact" else f"{variant}: {total_variation(answer, exact):.2f} away"
-            ax.set_title(title, fontsize=9)
+                ax.plot(np.arange(1, len(alpha) + 1), alpha[:, i], dash, color=colour, linewidth=0.8)
+                ax.plot(len(alpha) * 1.04, alpha[:, i].mean(), "o", color=colour, markersize=4, clip_on=False)
+            away = "" if variant == "exact" else f": {distance(alphas, step_size, variant):.2f} away"
+            ax.set_title(f"{variant}{away}", fontsize=9)
         weight_axis(row[0].yaxis, 5e-5, 1)
         row[0].set_ylabel(f"alpha, step size {step_size:g}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel("step", fontsize=9)
     handles = [axes[0, 0].plot([], [], dash, color=colour)[0] for _, (colour, dash) in zip(domains, styles)]
     figure.legend(handles, domains, loc="center left", bbox_to_anchor=(0.9, 0.5), frameon=False, fontsize=8)
-    costliest = max((total_variation(a[0], answers[s, "exact"][0]), v) for (s, v), a in answers.items())
-    finding = f"The costliest departure: {costliest[1]}, which moves {costliest[0]:.2f} of the answer"
+    cost, step_size, variant = max((distance(alphas, *run), *run) for run in alphas if run[1] in VARIANTS)
+    finding = f"The costliest departure: {variant}, at step size {step_size:g} {cost:.2f} of the answer lies elsewhere"
     add_titles(figure, finding, setting)
     return figure
 
@@ -120,26 +124,25 @@ def main():
     reference = load_reference(args, config, dataset, machine)
     step_sizes, seeds = [float(s) for s in args.step_sizes.split(",")], [int(s) for s in args.seeds.split(",")]
 
-    histories, answers = {}, {}
+    alphas = {}
     for step_size in step_sizes:
         for variant in VARIANTS:
-            runs = [train_proxy(variant, reference, dataset, machine, args, step_size, seed)
-                    for seed in (seeds if variant == "exact" else seeds[:1])]
-            histories[step_size, variant] = runs[0]
-            answers[step_size, variant] = [run.mean(axis=0) for run in runs]
+            alphas[step_size, variant] = train_proxy(variant, reference, dataset, machine, args, step_size, seeds[0])
+        for seed in seeds[1:]:
+            alpha = train_proxy("exact", reference, dataset, machine, args, step_size, seed)
+            alphas[step_size, f"exact, seed {seed}"] = alpha
 
-    columns = ["step size", "variant", "distance to the exact answer", "domains in alpha", "domains in the answer", "most"]
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for (step_size, variant), (answer, *others) in answers.items():
-        spread = f"{np.median(effective_domains(histories[step_size, variant])):.1f}"
-        for name, found, spread in [(variant, answer, spread), *(("exact, another seed", a, "") for a in others)]:
-            away = total_variation(found, answers[step_size, "exact"][0])
-            most = f"{dataset.domains[int(found.argmax())]} {found.max():.2f}"
-            print(f"| {step_size:g} | {name} | {away:.3f} | {spread} | {effective_domains(found):.1f} | {most} |")
+    print("| step size | variant | distance to exact | domains in alpha | domains in the answer | largest weight |\n"
+          "|---|---|---|---|---|---|")
+    for (step_size, variant), alpha in alphas.items():
+        answer, in_alpha = alpha.mean(axis=0), np.median(effective_domains(alpha))
+        largest = f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f}"
+        print(f"| {step_size:g} | {variant} | {distance(alphas, step_size, variant):.3f} | {in_alpha:.1f} | "
+              f"{effective_domains(answer):.1f} | {largest} |")
 
     setting = (f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences, seeds "
                f"{args.seeds}; dots: the answer; away: total variation between the answers")
-    figure = draw(dataset.domains, histories, answers, step_sizes, setting)
+    figure = draw(dataset.domains, alphas, step_sizes, setting)
     runtime.write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=110))
     print(f"written: {args.out}")
 
