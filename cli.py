@@ -66,7 +66,7 @@ def add_optimization_flags(parser, description=None):
     """The flags of training, which the proxy takes over from its reference; returns their names."""
     group = parser.add_argument_group("optimization", description)
     add = group.add_argument
-    add("--max_steps", type=positive, default=2000, help="optimizer steps (default %(default)s)")
+    add("--max_steps", type=positive, default=1600, help="optimizer steps (default %(default)s)")
     add("--batch_size", type=positive, default=16, help="sequences per step over all ranks (default %(default)s)")
     add("--learning_rate", type=non_negative, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--min_lr", type=non_negative, help="last learning rate (default: a tenth of the peak)")
