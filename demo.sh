@@ -18,7 +18,7 @@ python train_reference.py @configs/demo_small.txt --out_dir=checkpoints/referenc
 
 # Stage 2. A proxy of the same shape. Domains on which it lags behind the reference gain weight, step by step. (The paper's
 # step size is 1, over 200,000 steps; over 1,600 that would remember little but which domain is learnt first.)
-python train_doremi.py --reference=checkpoints/reference --out_dir=checkpoints/proxy --step_size=0.02 --resume
+python train_doremi.py --reference=checkpoints/reference --out_dir=checkpoints/proxy --step_size=0.01 --resume
 
 # Stage 3. The answer: the average of the proxy's domain weights over its steps
 python average_weights.py checkpoints/proxy
