@@ -118,6 +118,7 @@ def main():
     cli.add_machine_flags(parser, "unused")
     args = parser.parse_args()
     runtime.resolve_flags(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     config = load_reference_config(args.reference)
     args.data_dir, machine = config["data"]["data_dir"], runtime.setup(args)
     dataset = load_dataset(args.data_dir, config["model"]["block_size"])
