@@ -144,7 +144,7 @@ def main():
     setting = (f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences, seeds "
                f"{args.seeds}; dots: the answer; away: total variation between the answers")
     figure = draw(dataset.domains, alphas, step_sizes, setting)
-    runtime.write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=110))
+    runtime.write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=80))
     print(f"written: {args.out}")
 
 
