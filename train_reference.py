@@ -16,7 +16,7 @@ from cli import UserError
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
-DEFAULTS = {"out_dir": "checkpoints/reference", "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "n_ffn": 192}
+DEFAULTS = {"out_dir": "checkpoints/reference", "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "n_ffn": 192}
 
 
 def parse_args(description, defaults):
