@@ -6,8 +6,8 @@ next    python train_large.py --data_dir=DATA --out_dir=checkpoints/large-doremi
 """
 
 import json
+import math
 import re
-import statistics
 from pathlib import Path
 
 import matplotlib
@@ -16,12 +16,11 @@ import torch
 from matplotlib.figure import Figure
 
 import cli
+import trust
 from cli import ArgumentParser, UserError, shown
 from report import GREY, add_titles, in_order, make_directory, percent, read_config, text_width, weight_axis
 from runtime import write_atomically
-
-CONVERGED = 1e-3  # the paper's rule for iterated DoReMi: stop when max_i |answer_i - reference_weight_i| is below this
-
+from trust import CONVERGED, effective_domains, total_variation
 
 # ---- the mathematics: arrays in, numbers out
 
@@ -32,17 +31,6 @@ def running_average(alpha):
     cumsum adds in the order of the steps, as the published recipe's sum() does, so the two agree to the bit.
     """
     return np.cumsum(alpha, axis=0) / np.arange(1, len(alpha) + 1)[:, None]
-
-
-def total_variation(p, q):
-    """Half the sum of |p - q|: the share of the training tokens that moves to another domain. In [0, 1]."""
-    return 0.5 * float(np.abs(p - q).sum())
-
-
-def effective_domains(p):
-    """exp(H(p)) along the last axis: 1 where a single domain has all the weight, K where all weights are equal."""
-    log_p = np.log(np.where(p > 0, p, 1.0))  # 0 log 0 = 0
-    return np.exp(-(p * log_p).sum(axis=-1))
 
 
 # ---- reading a run's directory
@@ -149,38 +137,23 @@ def table(domains, share, reference, answers, last_alpha):
     return lines
 
 
-def summary(domains, reference, answers, alphas):
-    """Lines below the table.  reference (K,), answers (S, K), alphas (S, T, K): the averaged steps alone."""
-    answer, per_step = answers.mean(axis=0), float(np.median(effective_domains(alphas)))
-    i = int(np.abs(answer - reference).argmax())
-    distance = abs(answer[i] - reference[i])
-    verdict = "not below 1e-3: another round is due, whose reference is trained on this answer"
-    if distance < CONVERGED:
-        verdict = "below 1e-3: the rounds have converged"
-    lines = [
-        f"largest move      {distance:.4g} between answer and reference's weight ({domains[i]}), {verdict}",
-        f"total variation   {total_variation(answer, reference):.3f} between answer and reference's weights (0 to 1)",
-        f"effective number  {effective_domains(answer):.2f} of {len(domains)} domains in the answer, "
-        f"{per_step:.2f} in alpha at the median step",
-    ]
-    if len(answers) > 1:
-        pairs = [total_variation(p, q) for i, p in enumerate(answers) for q in answers[:i]]
-        mean, most = statistics.mean(pairs), max(pairs)
-        lines.append(f"between seeds     total variation {mean:.3f} on average, {most:.3f} at most")
-    return lines
+def provenance(runs, configs, answer, steps, average_from, **found):
+    """Where the answer comes from: weights mean nothing without tokenizer, data, proxy, length and seeds.
 
-
-def provenance(runs, configs, answers, steps, average_from):
-    """Where the answer comes from: weights mean nothing without tokenizer, data, proxy, length and seeds."""
-    config, answer = configs[0], answers.mean(axis=0)
+    found: what is to be recorded as it is.
+    """
+    config = configs[0]
     domains, flags, weights = config["domains"], config["flags"], config["reference"]["sampling_weights"]
     reference = in_order(weights, domains, "reference's sampling_weights")
-    record = {
+    return {
         **{name: config["data"][name] for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "data_dir")},
         "train_tokens": config["data"]["train_tokens"],
         "reference": {"sampling_weights": weights, "max_steps": config["reference"]["max_steps"]},
         "largest_move": float(np.abs(answer - reference).max()),
+        "converged": bool(np.abs(answer - reference).max() < CONVERGED),
         "total_variation": total_variation(answer, reference),
+        "effective_domains": float(effective_domains(answer)),
+        **found,
         "proxy": {"model": config["model"], "n_params": config["n_params"]},
         "sampling_weights": config["sampling_weights"],
         "steps": steps,
@@ -192,9 +165,6 @@ def provenance(runs, configs, answers, steps, average_from):
                   "reference_seed": config["reference"]["seed"], "versions": config["versions"]}
                  for run, config in zip(runs, configs)],
     }
-    if len(answers) > 1:
-        record["sd_over_seeds"] = dict(zip(domains, answers.std(axis=0, ddof=1).tolist()))
-    return record
 
 
 # ---- the picture
@@ -278,9 +248,16 @@ def main(argv=None):
     add("--average_from", type=float, default=0.0,
         help="fraction of the steps left out at the start, 0 to below 1 (default %(default)s, the paper's rule: all "
         "steps count). Not in the paper: the early steps show a proxy that has learnt little")
+    add("--large_tokens", type=float, help="tokens of the planned large run, such as 1e11: says which domains "
+        "it would repeat more than 4 times")
+    add("--large_params", type=float, help="parameters of the planned large model, such as 8e9: what the search "
+        "costs, as a share of that run")
     args = parser.parse_args(argv)
     if not (0.0 <= args.average_from < 1.0):
         raise UserError(f"--average_from: {args.average_from} is no fraction of a run; give 0 to below 1, such as 0.2.")
+    for name in ("large_tokens", "large_params"):
+        if (number := getattr(args, name)) is not None and not 0 < number < math.inf:
+            raise UserError(f"--{name}={number:g}: expected a finite number above 0, such as 8e9.")
     configs, alphas = read_seeds(args.runs)
     config, (S, T) = configs[0], alphas.shape[:2]
     domains, flags = config["domains"], config["flags"]
@@ -290,13 +267,22 @@ def main(argv=None):
     skipped = int(args.average_from * T)
     averaged = alphas[:, skipped:]
     answers = np.stack([running_average(alpha)[-1] for alpha in averaged])  # (S, K)
-    seeds = [c["flags"]["seed"] for c in configs]
+    answer, seeds = answers.mean(axis=0), [c["flags"]["seed"] for c in configs]
+    spread = trust.measure_spread(domains, answers, averaged)
+    step_tokens = flags["batch_size"] * config["model"]["block_size"]  # the reference's batch is taken to be the same
+    references = len({(c["reference"]["out_dir"], c["reference"]["seed"]) for c in configs})  # seeds may share one
+    flops = trust.search_flops(
+        config["n_params"], references * config["reference"]["max_steps"] * step_tokens, S * T * step_tokens)
 
     setting = (f"Proxy of {config['n_params']:,} parameters, {T} steps of {flags['batch_size']} x "
                f"{config['model']['block_size']} tokens, tokenizer {config['data']['tokenizer']}, "
                f"seed{'s' * (S > 1)} {', '.join(map(str, seeds))}")
     print("\n".join([setting, "", *table(domains, share, reference, answers, alphas[:, -1].mean(axis=0)), ""]))
-    print("\n".join(summary(domains, reference, answers, averaged)))
+    print("\n".join([
+        *trust.moves(domains, reference, answer, spread),
+        *trust.of_alpha(domains, answer, averaged, flags["smoothing"]),
+        *trust.of_large_run(domains, tokens, answer, config["n_params"], flops, T * step_tokens, args.large_params,
+                            args.large_tokens)]))
     if flags["max_steps"] > T:
         print(f"note: {T} of {flags['max_steps']} steps are done and the answer still moves; go on with: "
               f"python train_doremi.py @{args.runs[0]}/flags.txt --resume")
@@ -306,8 +292,9 @@ def main(argv=None):
         print(f"note: steps 1 to {skipped} are left out, which is not in the paper")
 
     out_dir = args.out_dir or args.runs[0]
-    weights = dict(zip(domains, answers.mean(axis=0).tolist()))
-    content = {"domain_weights": weights, "provenance": provenance(args.runs, configs, answers, T, args.average_from)}
+    origin = provenance(args.runs, configs, answer, T, args.average_from, spread=spread,
+                        near_one_hot=trust.near_one_hot(averaged), search_flops=flops)
+    content = {"domain_weights": dict(zip(domains, answer.tolist())), "provenance": origin}
     figure = draw(domains, share, reference, alphas, skipped, setting)
     make_directory(out_dir)
     write_atomically(out_dir / "weights.png", lambda file: figure.savefig(file, format="png", dpi=150))

@@ -3,6 +3,7 @@
 # cores. Every command can be pasted alone. What is done is not done again: to start over, rm -r data/demo checkpoints.
 set -euo pipefail
 cd "$(dirname "$0")"
+trap 'exit 130' INT  # Ctrl-C: the stage that is running saves and ends well, so that without this the next would start
 
 # An environment of its own, made once and renewed when requirements.txt changes
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv

@@ -9,7 +9,9 @@ import torch
 
 import average_weights
 import cli
-from average_weights import effective_domains, headline, running_average, thin, times, total_variation
+import trust
+from average_weights import headline, running_average, thin, times
+from trust import effective_domains, total_variation
 
 DOMAINS = ["books", "code", "web"]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -89,8 +91,11 @@ def test_seeds_mean_sd_and_provenance(tmp_path, capsys):
     written = json.loads((tmp_path / "out" / "weights.json").read_text())
     assert written["domain_weights"] == pytest.approx({"books": 0.2, "code": 0.6, "web": 0.2}, abs=1e-15)
     record = written["provenance"]
-    assert record["sd_over_seeds"] == pytest.approx(
+    assert record["spread"]["deviation"] == pytest.approx(
         {"books": math.sqrt(0.02), "code": math.sqrt(0.08), "web": math.sqrt(0.02)})  # |difference| / sqrt(2)
+    assert record["spread"]["total_variation"] == record["spread"]["total_variation_most"] == pytest.approx(0.4)
+    assert record["spread"]["between_halves"] == pytest.approx(0.1)  # mean alphas (.15, .6, .25), (.25, .6, .15)
+    assert record["converged"] is False
     assert record["largest_move"] == pytest.approx(0.3)  # books from 0.5 to 0.2, code from 0.3 to 0.6
     assert record["total_variation"] == pytest.approx(0.3)
     assert record["seeds"] == [1, 2]
@@ -102,7 +107,7 @@ def test_seeds_mean_sd_and_provenance(tmp_path, capsys):
         assert record[key] == value
     assert record["proxy"]["n_params"] == 5000
     said = capsys.readouterr().out
-    assert "another round is due" in said
+    assert "another round would move within the noise" in said  # code moved by 0.3, its sd is 0.28
     assert "total variation 0.400 on average, 0.400 at most" in said  # half of 0.2 + 0.4 + 0.2
     assert not (first / "weights.json").exists()
 
@@ -147,6 +152,125 @@ def test_small_functions():
     assert times(0.03, 0.09)[1:] == "3.0" and times(0.24, 0.02)[1:] == "12" and times(0.0, 0.1) == "new"
     found = headline(DOMAINS, np.array([0.5, 0.3, 0.2]), np.array([0.25, 0.3, 0.45]))
     assert found.startswith("DoReMi raises web from 20% to 45%") and "lowers books from 50% to 25%" in found
+
+
+def autoregressive(rng, phi, steps, k):
+    """x_t = phi * x_{t-1} + e_t, e of variance 1, in its stationary state: (steps, k)."""
+    x = np.empty((steps, k))
+    x[0] = rng.standard_normal(k) / math.sqrt(1 - phi**2)
+    for t, noise in enumerate(rng.standard_normal((steps - 1, k)), start=1):
+        x[t] = phi * x[t - 1] + noise
+    return x
+
+
+@pytest.mark.parametrize(("phi", "tolerance"), [(0.0, 0.1), (0.9, 0.25)])
+def test_standard_error_of_a_known_series(phi, tolerance):
+    """The mean of T steps of an AR(1) series has the standard error 1 / ((1 - phi) sqrt(T)); phi = 0 is white noise."""
+    x = autoregressive(np.random.default_rng(0), phi, 10_000, 4)
+    error, length = trust.block_standard_error(x)
+    assert error == pytest.approx(np.full(4, 1 / ((1 - phi) * 100)), rel=tolerance)
+    assert 8 <= length <= (8 if phi == 0 else 120)  # the autocorrelation 0.9 ** lag falls below 1/e at lag 10
+    trend = np.linspace(0, 0.2, 10_000)[:, None]  # a drift that a plain block bootstrap would take for error
+    assert trust.block_standard_error(x + trend)[0] == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+def test_short_and_constant_runs_have_a_standard_error(steps):
+    error, length = trust.block_standard_error(np.full((steps, 3), 1 / 3))
+    assert error == pytest.approx(np.zeros(3), abs=1e-15) and 1 <= length <= max(1, steps // 4)
+
+
+def test_expected_total_variation_is_that_of_resampled_answers():
+    """Two answers with independent normal errors differ by what the single run's spread says."""
+    alpha = np.random.default_rng(1).dirichlet([5, 3, 2], size=4000)
+    said = trust.measure_spread(DOMAINS, alpha.mean(axis=0, keepdims=True), alpha[None])
+    others = np.random.default_rng(2).dirichlet([5, 3, 2], size=(400, 4000)).mean(axis=1)
+    found = np.mean([total_variation(p, q) for p, q in zip(others[::2], others[1::2])])
+    assert said["total_variation"] == pytest.approx(found, rel=0.15)
+
+
+def test_what_alpha_did():
+    alpha = np.array([[1.0, 0, 0]] * 2 + [[0.5, 0.5, 0]] * 2 + [[0, 0.25, 0.75]] * 4)
+    assert trust.between_halves(alpha) == 0.75  # averages 0.75, 0.25, 0 and 0, 0.25, 0.75
+    assert trust.between_halves(alpha[:1]) == 0
+    assert trust.near_one_hot(alpha[None]) == 0.25
+    assert trust.near_one_hot(np.array([[0.9, 0.1]])) == 0  # more than 0.9
+    assert trust.quarters(alpha[None]) == pytest.approx([1, 2, *[effective_domains(alpha[-1])] * 2])
+    assert len(trust.quarters(alpha[None, :1])) == 4
+    floor = 0.03 / 3
+    low, high = 1.005 * floor, 1.02 * floor
+    steps = [[0.5, low, high]] * 3 + [[0.5, low, low]] * 1  # domain 2 is at the floor in a quarter of these
+    assert trust.at_floor(np.array([[[0.5, 0.2, low]] * 12 + steps]), 0.03).tolist() == [False, True, False]
+    assert trust.at_floor(np.array([[[0.5, 0.5, 0.0]]]), 0.0).tolist() == [False, False, True]
+
+
+def test_cost_of_the_papers_search():
+    """280M for 8B at equal tokens: (6 + 8) * 280e6 / (6 * 8e9) = 8.17%, the paper's 8%."""
+    tokens = 512 * 1024 * 200_000
+    flops = trust.search_flops(280e6, tokens, tokens)
+    assert flops / (6 * 8e9 * tokens) == pytest.approx(0.0817, abs=5e-5)
+    arguments = (DOMAINS, np.ones(3), np.ones(3) / 3, 280e6, flops, tokens)
+    (line,) = trust.of_large_run(*arguments, 8e9, None)
+    assert "8.2% of a large run of 8e+09 parameters and 1.05e+11 tokens, the proxy's (--large_tokens)" in line
+    (line,) = trust.of_large_run(*arguments, None, None)
+    assert "23% or 7.8% of a large run of 10 or 30 times the parameters" in line  # 14 / 60 and 14 / 180
+
+
+def test_cost_counts_every_proxy_and_a_shared_reference_once(tmp_path, capsys):
+    runs = [proxy_run(tmp_path / name, random_alpha(5, seed), seed=seed) for seed, name in enumerate("abc")]
+    average(*runs, "--large_params=1e6", "--large_tokens=1e5")
+    flops = json.loads((runs[0] / "weights.json").read_text())["provenance"]["search_flops"]
+    assert flops == 5000 * 4 * 8 * (6 * 20 + 3 * 8 * 5)  # 20 steps of the reference, 5 of each proxy
+    assert f"{flops:.3g} FLOPs" in capsys.readouterr().out
+
+
+def test_repeated_domains_and_their_caps(tmp_path, capsys):
+    def said(large_tokens):
+        tokens, answer = np.array([600, 300, 100]), np.array([0.2, 0.3, 0.5])
+        return trust.of_large_run(DOMAINS, tokens, answer, 1e6, 1e9, 1e6, None, large_tokens)
+
+    line, _ = said(900)  # 180, 270 and 450 tokens
+    assert "repeated          web 4.5 times (4 at weight 0.44): lower it to that" in line  # 400 of 900
+    line, _ = said(800)
+    assert line == "repeated          no domain more than 4 times, web 4.0 times"
+    line, _ = said(1e4)
+    assert "web 50.0 times (4 at weight 0.04), code 10.0 times (4 at weight 0.12): no weights keep all at 4" in line
+    assert "the mean is 10.0; find more text" in line
+    assert len(said(None)) == 1
+    average(proxy_run(tmp_path / "proxy", [[0.2, 0.3, 0.5]] * 4), "--large_tokens=9e2")
+    assert "web 4.5 times" in capsys.readouterr().out
+
+
+def test_advice_on_alpha_comes_and_goes():
+    answer = np.array([0.4, 0.3, 0.3])
+
+    def said(hot, floored):
+        alphas = np.array([[[0.98, 0.01, 0.01]] * hot + [[0.4, 0.3, 0.3]] * (100 - hot)])
+        alphas[0, 100 - floored :] = [0.6, 0.399, 0.001 / 3]
+        return "\n".join(trust.of_alpha(DOMAINS, answer, alphas, smoothing=1e-3))
+
+    assert "10% of the steps (one domain has over 90% of alpha)" in said(10, 0) and "step_size" not in said(10, 0)
+    assert "11% of the steps" in said(11, 0) and "use a smaller --step_size" in said(11, 0)
+    assert "at the floor" not in said(0, 12)  # 12 of the last 25 steps
+    assert "at the floor      web: " in said(0, 13)
+
+
+def test_advice_on_rounds_comes_and_goes():
+    reference = np.array([0.5, 0.3, 0.2])
+
+    def said(move, deviation, halves, **spread):
+        spread = {"deviation": dict.fromkeys(DOMAINS, deviation), "total_variation": 0.1, "between_halves": halves,
+                  **(spread or {"block_steps": 9})}
+        return "\n".join(trust.moves(DOMAINS, reference, reference + np.array([-move, move, 0]), spread))
+
+    assert "another round is due" in said(0.021, 0.01, 0) and "noise" not in said(0.021, 0.01, 0)
+    assert "within twice its standard error (0.01): another round would move within the noise" in said(0.019, 0.01, 0)
+    assert "within twice its sd over seeds (0.01)" in said(0.019, 0.01, 0, total_variation_most=0.2)
+    assert "the rounds have converged" in said(0.0009, 0.01, 0)
+    assert "from blocks of 9 steps" in said(0.02, 0.01, 0)
+    assert "blocks" not in said(0.02, 0.01, 0, total_variation_most=0.2)
+    assert "train the proxy for longer" in said(0.02, 0.01, 0.021)  # the total variation of the move is 0.02
+    assert "train the proxy for longer" not in said(0.02, 0.01, 0.019)
 
 
 GOOD = [0.2, 0.3, 0.5]
@@ -203,5 +327,8 @@ def test_bad_flags_are_refused(tmp_path, capsys):
     assert "--average_from" in refused(capsys, run, "--average_from=1")
     assert "--average_from" in refused(capsys, run, "--average_from=nan")
     assert "--average=0.5" in refused(capsys, run, "--average=0.5")  # no abbreviations
+    for flag in ("--large_tokens", "--large_params"):
+        for value in ("0", "-1e9", "nan", "inf", "8 billion"):
+            assert flag in refused(capsys, run, f"{flag}={value}")
     (tmp_path / "file").write_text("")
     assert "in the way" in refused(capsys, run, f"--out_dir={tmp_path / 'file'}")
