@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 import cli
 import trust
+from checkpoint import write_atomically
 from cli import ArgumentParser, UserError, shown
 from report import GREY, add_titles, in_order, make_directory, percent, read_config, text_width, weight_axis
-from runtime import write_atomically
 from trust import CONVERGED, effective_domains, total_variation
 
 # ---- the mathematics: arrays in, numbers out

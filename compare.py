@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import cli
+from checkpoint import write_atomically
 from cli import ArgumentParser, UserError, shown
 from report import GREY, add_titles, in_order, make_directory, read_config, read_text, text_width, weight_axis
-from runtime import write_atomically
 
 # Colour, marker and dash, so that runs are told apart in grey too; the last run gets the first. The baseline is grey.
 STYLES = (

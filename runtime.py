@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import MACHINE_FLAGS, PLACES, UserError, flag_lines, shown
+from checkpoint import CheckpointWriter, load_checkpoint, naming, open_metrics, write_atomically
+from cli import MACHINE_FLAGS, PLACES, UserError, flag_lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Machines: device, precision, ranks
@@ -114,7 +115,7 @@ def decide_compile(args, flops):
         return args.compile
     if args.device != "cpu":
         return args.device.startswith("cuda")
-    return flops > 5e12 and args.dtype != "float64" and bool(shutil.which("g++") or shutil.which("clang++"))
+    return flops > 2e12 and args.dtype != "float64" and bool(shutil.which("g++") or shutil.which("clang++"))
 
 
 def adamw(model, args):
@@ -188,6 +189,7 @@ class Run:
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
         self.pending = []  # (step, losses, gradient norm) since the last look, still on the device
         self.stop = False
+        self.writer = CheckpointWriter()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)
         if self.main:
@@ -282,22 +284,29 @@ class Run:
                    f"({self.domains[int(val_loss.argmax())]})")
 
     def write(self, line):
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        with naming(self.metrics.name):
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
         if self.wandb:
             self.wandb.log(line, step=line["step"])
 
-    def save(self, step, state):
-        """Writes ckpt.pt beside and renames it over the last: a kill at any moment leaves one of the two, whole."""
+    def save(self, step, state, then=lambda saved: None):
+        """Writes the state as it is now beside ckpt.pt and renames it over that, while training goes on: a kill at any
+        moment leaves one of the two, whole.  then(copy of the state) follows it.  Raises what the last save raised."""
         self.check_finite()
         if self.main:
-            os.fsync(self.metrics.fileno())
             checkpoint = {"stage": self.stage, "identity": self.identity, "step": step, "seconds": self.elapsed()}
-            write_atomically(self.out_dir / "ckpt.pt", lambda file: torch.save({**checkpoint, **state}, file))
+            self.writer.save(self.out_dir / "ckpt.pt", {**checkpoint, **state}, self.flush_metrics, then)
+
+    def flush_metrics(self):
+        with naming(self.metrics.name):
+            os.fsync(self.metrics.fileno())
 
     def close(self, step):
         self.progress.close()
         if self.main:
+            with self.paused_clock():
+                self.writer.wait()
             self.metrics.close()
             if self.wandb:
                 self.wandb.finish()
@@ -311,61 +320,6 @@ class Run:
 def without_places(value):
     """What is compared on resumption: not where things lie, but what they are."""
     return {k: v for k, v in value.items() if k not in (*PLACES, "out_dir")} if isinstance(value, dict) else value
-
-
-def load_checkpoint(out_dir, stage, identity=None):
-    """The checkpoint of a run, on the CPU, or None where there is none yet.
-
-    Raises UserError where it cannot be read, is of another stage, or differs from `identity` (None: not compared).
-    """
-    path = Path(out_dir) / "ckpt.pt"
-    if not path.exists():
-        return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["stage"]
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): it is corrupt or no checkpoint of this "
-                        "project; delete it to start again.") from None
-    if found != stage:
-        raise UserError(f"{path} is the checkpoint of a {found} run, expected a {stage} run; check the directory.")
-    for name, value in (identity or {}).items():
-        before = checkpoint["identity"].get(name)
-        if before != value:
-            raise UserError(f"{path}: the run was started with {name} {shown(before)}, now it is {shown(value)}; "
-                            "resume with the same flags and data, or choose another --out_dir.")
-    return checkpoint
-
-
-def write_atomically(path, content):
-    """content: a string, or a function that writes to a binary file. The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write does not know where it goes
-        if isinstance(error, RuntimeError):  # torch.save reports a full disk as one
-            raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
-        raise
-
-
-def open_metrics(path, step):
-    """Opens metrics.jsonl for appending behind `step`: later lines, and one cut short by a kill, are dropped."""
-    kept = []
-    if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                if line.endswith("\n") and json.loads(line)["step"] <= step:
-                    kept.append(line)
-    write_atomically(path, "".join(kept))
-    return open(path, "a")
 
 
 def import_wandb():

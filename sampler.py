@@ -248,9 +248,14 @@ def systematic_counts(weights, batch_size, u):
 # Batches
 
 
+PERMUTED = 1024  # windows of a domain whose order is computed at once
+
+
 class Batch(NamedTuple):
     tokens: torch.Tensor  # (b, T + 1) in the bins' dtype, b sequences of this rank; the model widens them on the device
     domain: torch.Tensor  # (b,) int64
+    window: torch.Tensor  # (b,) int64, the window of the domain
+    companion: object  # what the sampler's companion has found for domain and window
     state: dict  # the sampler's state after this batch
 
 
@@ -258,14 +263,16 @@ class Sampler:
     """Batches of this rank, forever: step t is a function of (seed, t, weights, windows drawn before t).
 
     weights: (K,), normalised; batch_size: B over all ranks, of which this rank takes every world_size-th slot.
-    A thread gathers the next batch while the device computes.
+    A thread gathers the next batch while the device computes, and whatever companion(domain, window) returns for it.
     """
 
-    def __init__(self, dataset, weights, batch_size, seed, rank=0, world_size=1, pin_memory=False):
+    def __init__(self, dataset, weights, batch_size, seed, rank=0, world_size=1, pin_memory=False, companion=None):
         self.dataset, self.weights, self.batch_size = dataset, np.asarray(weights, dtype=np.float64), batch_size
         self.seed, self.rank, self.world_size, self.pin_memory = seed, rank, world_size, pin_memory
+        self.companion = companion  # a function of this rank's domain (b,) and window (b,)
         self.state = {"step": 0, "drawn": [0] * len(dataset.domains)}  # batches and windows handed out so far
         self.warned = set()
+        self.permuted = {}  # domain: ((epoch, block), the windows of that block); a cache, not state
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self.ahead = None  # the future of the next batch
 
@@ -282,16 +289,27 @@ class Sampler:
         n_windows = [len(windows) for windows in self.dataset.train]
         generator = np.random.default_rng([self.seed, state["step"]])
         counts = systematic_counts(self.weights, self.batch_size, generator.random())
-        window = []
-        for i, (count, first) in enumerate(zip(counts.tolist(), state["drawn"])):
-            epoch, position = np.divmod(np.arange(first, first + count), n_windows[i])
-            for e in np.unique(epoch).tolist():
-                keys = round_keys(self.seed, self.dataset.domains[i], e)
-                window.append(permute(position[epoch == e], n_windows[i], keys))
+        parts = enumerate(zip(n_windows, state["drawn"], counts.tolist()))
+        window = [part for i, (n, first, count) in parts for part in self.in_order(i, n, first, count)]
         shuffle = generator.permutation(self.batch_size)
         domain = np.repeat(np.arange(len(counts)), counts)[shuffle]
         after = {"step": state["step"] + 1, "drawn": [d + c for d, c in zip(state["drawn"], counts.tolist())]}
         return domain, np.concatenate(window)[shuffle], after
+
+    def in_order(self, i, n, first, count):
+        """Yields, in parts, the windows that domain i (of n) shows as its first .. first + count - 1: (count,) int64.
+
+        They are permuted PERMUTED at a time and kept until they are drawn: numpy takes as long for a few as for many.
+        """
+        while count > 0:
+            epoch, position = divmod(first, n)
+            block = (epoch, position // PERMUTED)
+            if self.permuted.get(i, (None,))[0] != block:
+                index = np.arange(block[1] * PERMUTED, min((block[1] + 1) * PERMUTED, n))
+                self.permuted[i] = block, permute(index, n, round_keys(self.seed, self.dataset.domains[i], epoch))
+            part = self.permuted[i][1][position % PERMUTED :][:count]
+            first, count = first + len(part), count - len(part)
+            yield part
 
     def gather(self, state):
         """This rank's slots of the batch that follows `state`, copied out of the memory maps."""
@@ -308,7 +326,8 @@ class Sampler:
             for i in np.unique(domain):
                 check_vocabulary(rows[domain == i], self.dataset.vocab_size,
                                  f"{self.dataset.directory}/{self.dataset.domains[i]}/train.bin")
-        return Batch(tokens, torch.from_numpy(domain), after)
+        companion = self.companion(domain, window) if self.companion else None
+        return Batch(tokens, torch.from_numpy(domain), torch.from_numpy(window), companion, after)
 
     def epochs(self):
         """How often each domain has been seen: (K,) float64."""

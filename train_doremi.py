@@ -2,6 +2,7 @@
 
 reads   the reference's checkpoint and config, the data set named there
 writes  OUT_DIR/{flags.txt, config.json, metrics.jsonl, ckpt.pt, doremi_domain_weights_STEP.pt}
+        DATA_DIR/DOMAIN/reference_losses-KEY.bin, with --cache_reference_losses
 next    python average_weights.py OUT_DIR
 
 The proxy has the reference's shape and, unless flags say otherwise, its data, steps, batch and learning rate. Batches
@@ -9,6 +10,7 @@ are drawn with the sampling weights, which stay; alpha weights the domains' loss
 train_reference.py: the loops stand in the same order with the same names, and their difference is DoReMi.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -16,7 +18,9 @@ import torch
 
 import cli
 import runtime
+from checkpoint import load_checkpoint, write_atomically
 from cli import UserError
+from loss_cache import LossCache
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
@@ -38,9 +42,14 @@ def parse_args():
         help="eta of the weight update (default %(default)s, the paper's)")
     add("--smoothing", type=cli.fraction, default=1e-3,
         help="c: alpha stays above c / K (default %(default)s, the paper's)")
+    add("--update_after", type=cli.natural, default=0, help="steps before alpha first moves (default %(default)s, the "
+        "paper's)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
+    add("--cache_reference_losses", action=argparse.BooleanOptionalAction, default=False,
+        help="keep the reference's losses beside the data, in float16, for later epochs and runs: 2 bytes per training "
+        "token visited, in DATA_DIR/DOMAIN/reference_losses-KEY.bin, free to be deleted (default: no)")
     optimization = cli.add_optimization_flags(parser, "taken over from the reference's run where they are not given")
     cli.add_machine_flags(parser, "checkpoints/proxy")
     reference_config = load_reference_config(parser.parse_args().reference)
@@ -68,7 +77,7 @@ def load_reference(args, config, dataset, machine):
         if data[what] != config["data"][what]:
             raise UserError(f"--reference={args.reference} has {what} {config['data'][what]}, but {args.data_dir} has "
                             f"{data[what]}; train a reference on this data.")
-    checkpoint = runtime.load_checkpoint(args.reference, "reference")
+    checkpoint = load_checkpoint(args.reference, "reference")
     if checkpoint is None or checkpoint["step"] < checkpoint["identity"]["max_steps"]:
         done = checkpoint["step"] if checkpoint else 0
         raise UserError(f"--reference={args.reference} is unfinished ({done} of {config['flags']['max_steps']} steps): "
@@ -87,7 +96,7 @@ def save_weight_history(out_dir, alpha_history):
     last one.  alpha_history: (STEP, K)."""
     path = out_dir / f"doremi_domain_weights_{len(alpha_history)}.pt"
     history = [{"step": step, "domain_weights": alpha} for step, alpha in enumerate(alpha_history, start=1)]
-    runtime.write_atomically(path, lambda file: torch.save(history, file))
+    write_atomically(path, lambda file: torch.save(history, file))
     for other in out_dir.glob("doremi_domain_weights_*.pt"):
         if other != path:
             other.unlink()
@@ -107,18 +116,23 @@ def train(args, reference_config):
     torch.manual_seed(args.seed)
     model = Transformer(reference.config, machine.dtype).to(machine.device)
     optimizer = runtime.adamw(model, args)
+    fingerprint, cache = runtime.fingerprint(reference), None
+    if args.cache_reference_losses:
+        of = {"fingerprint": fingerprint, "dtype": args.dtype, "model": vars(reference.config)}
+        cache = LossCache(dataset, of, machine.device)
     sampler = Sampler(dataset, weights, args.batch_size, args.seed, machine.rank, machine.world_size,
-                      pin_memory=machine.device.type == "cuda")
+                      pin_memory=machine.device.type == "cuda", companion=cache and cache.read)
     args.compile = runtime.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     reference_forward = torch.compile(reference, dynamic=False) if args.compile else reference
 
     origin = {"out_dir": args.reference, "sampling_weights": reference_config["sampling_weights"],
               "seed": reference_config["flags"]["seed"], "max_steps": reference_config["flags"]["max_steps"],
-              "fingerprint": runtime.fingerprint(reference)}
+              "fingerprint": fingerprint}
     config = {"model": vars(model.config), "n_params": model.n_params(), **dataset.describe(weights),
               "reference": origin}
-    flops_per_token = model.flops_per_token() * 8 / 6  # 2 of 6 parts more: the reference's forward pass
+    reference_flops = 0 if cache else 2 / 6  # its forward pass is 2 of the 6 parts of a step; stored, it costs none
+    flops_per_token = model.flops_per_token() * (1 + reference_flops)
     run = runtime.Run(args, machine, "proxy", config, tokens_per_step, flops_per_token)
     step = 0
     alpha = torch.full((k,), 1 / k, dtype=machine.exact, device=machine.device)  # Alg. 1: alpha_0 = u
@@ -138,7 +152,8 @@ def train(args, reference_config):
     while step < args.max_steps and not stop:
         step += 1
         lr = runtime.set_learning_rate(optimizer, step, args)
-        micro_batches = machine.to_device(sampler.next_batch(), args.micro_batch_size)
+        batch = sampler.next_batch()
+        micro_batches = machine.to_device(batch, args.micro_batch_size)
 
         # Alg. 1: lambda_t[i] = sum of max(proxy - reference, 0) over the tokens of domain i / number of those tokens,
         # over the global batch. Backward needs alpha_t, which needs all micro-batches: where there are several, the
@@ -146,9 +161,12 @@ def train(args, reference_config):
         single_pass = len(micro_batches) == 1
         totals = torch.zeros(2, k, dtype=machine.exact, device=machine.device)
         excess_totals = torch.zeros_like(totals)
-        for tokens, domain in micro_batches:
+        for i, (tokens, domain) in enumerate(micro_batches):
             with torch.no_grad():
-                reference_loss = reference_forward(tokens)  # (b, T)
+                if cache:
+                    reference_loss = cache.losses(reference_forward, tokens, batch, i * args.micro_batch_size)
+                else:
+                    reference_loss = reference_forward(tokens)  # (b, T)
             with torch.set_grad_enabled(single_pass):
                 token_loss = forward(tokens)  # (b, T)
             clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)
@@ -160,7 +178,9 @@ def train(args, reference_config):
         excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)
 
         # Alg. 1: exponentiated gradient ascent, renormalize and smooth
-        alpha = update_alpha(alpha, excess, args.step_size, args.smoothing)
+        # Not in the paper: --update_after leaves alpha uniform at first
+        step_size = args.step_size if step > args.update_after else 0.0
+        alpha = update_alpha(alpha, excess, step_size, args.smoothing)
         alpha_history[step - 1] = alpha
 
         # One step on sum_i alpha_t[i] * (mean loss over the tokens of domain i in the global batch), alpha_t constant
@@ -184,12 +204,13 @@ def train(args, reference_config):
         stop = run.stop_requested(step)
         if run.is_due(step, args.save_interval) or stop:
             with run.paused_clock():
-                history = alpha_history[:step].cpu()
                 run.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                "sampler": sampler.state_dict(), "excess": excess, "alpha_history": history})
-                if run.main:
-                    save_weight_history(run.out_dir, history)
+                                "sampler": sampler.state_dict(), "excess": excess,
+                                "alpha_history": alpha_history[:step]},
+                         then=lambda saved: save_weight_history(run.out_dir, saved["alpha_history"]))
     sampler.close()
+    if cache:
+        cache.close()
     run.close(step)
 
 

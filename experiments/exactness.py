@@ -19,11 +19,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli
 import runtime
-from average_weights import effective_domains, total_variation
+from checkpoint import write_atomically
 from model import Transformer
 from report import add_titles, weight_axis
 from sampler import Sampler, domain_sums, load_dataset
 from train_doremi import load_reference, load_reference_config, update_alpha
+from trust import effective_domains, total_variation
 
 VARIANTS = {
     "exact": "Algorithm 1",
@@ -144,7 +145,7 @@ def main():
     setting = (f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences, seeds "
                f"{args.seeds}; dots: the answer; away: total variation between the answers")
     figure = draw(dataset.domains, alphas, step_sizes, setting)
-    runtime.write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=80))
+    write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=80))
     print(f"written: {args.out}")
 
 

@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pytest", "cli", "model", "sampler", "runtime", "forked"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pytest", "report", "cli", "checkpoint", "model", "sampler",
+           "runtime", "forked"]
 
 
 def context():
@@ -89,12 +90,13 @@ def work(script, flags, rank, ranks, port, log, kill, record):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
+    import checkpoint
     import runtime
 
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
     runtime.matmul_peak = lambda *_: 1e12  # a second's measurement, which only the mfu needs
     if kill and rank == 0:
-        arm(runtime, *kill)
+        arm(runtime, checkpoint, *kill)
     notes = note(runtime) if record else None
     sys.argv = [script, *flags]
     runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -117,12 +119,13 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(runtime, point, n):
+def arm(runtime, checkpoint, point, n):
     """Makes this process kill itself at the n-th passage of a point.
 
     step: gradients are there, the optimizer has not moved.   update: the optimizer has moved, nothing is written.
     line: half a line of metrics is written.                  bytes: half of a checkpoint or history is written.
     flushed: a file is written and flushed, not yet renamed.  renamed: a file has just been renamed into its place.
+    ahead: training has gone on to the next save, or to the end, and the n-th checkpoint is not yet renamed.
     term: SIGTERM, once the n-th step is recorded.
     """
     if point == "step":
@@ -149,6 +152,13 @@ def arm(runtime, point, n):
         on_call(os, "replace", n, die)
     elif point == "renamed":
         on_call(os, "replace", n, lambda replace, *paths: (replace(*paths), die()))
+    elif point == "ahead":
+        def held(save, writer, *args, **kwargs):
+            writer.wait()
+            os.replace = lambda *_: time.sleep(600)
+            save(writer, *args, **kwargs)
+            checkpoint.CheckpointWriter.wait = die
+        on_call(checkpoint.CheckpointWriter, "save", n, held)
     elif point == "term":
         on_call(runtime.Run, "record", n, lambda record, *a: (record(*a), os.kill(os.getpid(), signal.SIGTERM)))
     else:

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "checkpoints", "data", "shared", "wandb", "*.egg-info")
 EXACTNESS, RESUME, SAMPLER = "tests/test_exactness.py", "tests/test_resume.py", "tests/test_sampler.py"
 PROXY = "train_doremi.py"
+CACHE, CACHE_TESTS = "loss_cache.py", "tests/test_loss_cache.py"
 
 
 class Mutation(NamedTuple):
@@ -37,7 +38,7 @@ def mutation(name, file, tests, *texts):
     return Mutation(name, file, tests, tuple(zip(texts[::2], texts[1::2])))
 
 
-UPDATE = "alpha = update_alpha(alpha, excess, args.step_size, args.smoothing)"
+UPDATE = "alpha = update_alpha(alpha, excess, step_size, args.smoothing)"
 EXCESS = "clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)"
 LAMBDA = "excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)"
 SUMS = "excess_totals += domain_sums(clipped_excess, domain, k, machine.exact)"
@@ -47,6 +48,8 @@ BACKWARD = "(token_weight[domain] * token_loss.sum(dim=1)).sum().backward()"
 MUTATIONS = [
     # Algorithm 1
     mutation("alpha is never updated", PROXY, EXACTNESS, UPDATE, UPDATE.removeprefix("alpha = ")),
+    mutation("alpha moves a step early", PROXY, "tests/test_profit.py", "step > args.update_after",
+             "step >= args.update_after"),
     mutation("alpha starts again from uniform at every step", PROXY, EXACTNESS, UPDATE,
              UPDATE.replace("(alpha,", "(torch.full_like(alpha, 1 / k),")),
     mutation("the loss is weighted with the last step's alpha", PROXY, EXACTNESS, "token_weight = (alpha /",
@@ -141,15 +144,29 @@ MUTATIONS = [
              RATE.replace("step,", "step - bool(run.checkpoint),")),
     mutation("the reference's schedule is off by one on resumption", "train_reference.py", RESUME, RATE,
              RATE.replace("step,", "step - bool(run.checkpoint),")),
-    mutation("metrics behind the checkpoint are kept", "runtime.py", RESUME, ' and json.loads(line)["step"] <= step:',
-             ' and json.loads(line):'),
-    mutation("metrics of the checkpoint's step are dropped", "runtime.py", RESUME, '["step"] <= step:',
+    mutation("metrics behind the checkpoint are kept", "checkpoint.py", RESUME,
+             ' and json.loads(line)["step"] <= step:', ' and json.loads(line):'),
+    mutation("metrics of the checkpoint's step are dropped", "checkpoint.py", RESUME, '["step"] <= step:',
              '["step"] < step:'),
-    mutation("files are written in place", "runtime.py", RESUME, 'temporary = path.with_name(f".{path.name}.tmp")',
+    mutation("files are written in place", "checkpoint.py", RESUME, 'temporary = path.with_name(f".{path.name}.tmp")',
              "temporary = path"),
+    mutation("a checkpoint shares its tensors with the training", "checkpoint.py", "tests/test_runtime.py",
+             "return buffer.copy_(value, non_blocking=value.is_cuda)", "return value"),
+    mutation("a checkpoint shares its lists with the training", "checkpoint.py", "tests/test_runtime.py",
+             "return type(value)([self.snapshot(item, *place, i) for i, item in enumerate(value)])", "return value"),
+    mutation("a save does not wait for the last", "checkpoint.py", "tests/test_runtime.py",
+             "self.wait()  # the last save", "pass  # the last save"),
+    mutation("the history comes before the checkpoint", "checkpoint.py", "tests/test_runtime.py",
+             "            first()\n", "            then(saved)\n            first()\n"),
+    mutation("a run ends before its checkpoint", "runtime.py", "tests/test_bad_input.py",
+             "                self.writer.wait()\n", "                pass\n"),
+    mutation("an error of the writer is lost", "checkpoint.py", "tests/test_runtime.py tests/test_bad_input.py",
+             "            writing.result()\n", "            writing.exception()\n"),
+    mutation("an error of the writer is lost behind another", "checkpoint.py", "tests/test_bad_input.py",
+             "        atexit.register(self.report)\n", ""),
     mutation("SIGTERM writes no checkpoint", PROXY, RESUME, "if run.is_due(step, args.save_interval) or stop:",
              "if run.is_due(step, args.save_interval):"),
-    mutation("a run is resumed under other flags", "runtime.py", "tests/test_bad_input.py", "if before != value:",
+    mutation("a run is resumed under other flags", "checkpoint.py", "tests/test_bad_input.py", "if before != value:",
              "if False:"),
 
     # The sampler
@@ -166,11 +183,26 @@ MUTATIONS = [
              'np.random.default_rng([self.seed, state["step"]])', "np.random.default_rng([self.seed])"),
     mutation("slots are not shuffled", "sampler.py", SAMPLER, "generator.permutation(self.batch_size)",
              "np.arange(self.batch_size)"),
+    mutation("a block of the order is kept too long", "sampler.py", SAMPLER,
+             "if self.permuted.get(i, (None,))[0] != block:", "if i not in self.permuted:"),
     mutation("windows overlap", "sampler.py", SAMPLER, "strides = (block_size * dtype.itemsize, dtype.itemsize)",
              "strides = ((block_size - 1) * dtype.itemsize, dtype.itemsize)"),
     mutation("weights are matched by position", "sampler.py", SAMPLER,
              "return np.array([float(content[name]) for name in domains])",
              "return np.array([float(weight) for weight in content.values()])"),
+
+    # The reference's losses, stored
+    mutation("a torn window counts as stored", CACHE, CACHE_TESTS, "return losses, rows.view(np.int16).all(axis=1)",
+             "return losses, rows.view(np.int16).any(axis=1)"),
+    mutation("a loss just computed is used unrounded", CACHE, CACHE_TESTS,
+             "computed = forward(tokens).clamp(min=SMALLEST).half()",
+             "exact = forward(tokens).clamp(min=SMALLEST)\n            computed = exact.half()",
+             "return losses.float()", "return losses.float() if stored.all() else exact"),
+    mutation("a loss of zero is stored as not stored", CACHE, CACHE_TESTS, ".clamp(min=SMALLEST)", ""),
+    mutation("another reference's losses are read", PROXY, CACHE_TESTS, 'of = {"fingerprint": fingerprint, ', "of = {"),
+    mutation("a renamed file of losses is read", CACHE, CACHE_TESTS, "if found != header:", "if False:"),
+    mutation("losses are stored under a neighbour's window", CACHE, CACHE_TESTS, "HEADER + int(j) * row.nbytes",
+             "HEADER + (int(j) ^ 1) * row.nbytes"),
 
     # The rest of the pipeline
     mutation("validation documents are in train, too", "prepare.py", "tests/test_prepare.py",

@@ -452,6 +452,36 @@ def test_full_disk(tmp_path, world, script, file):
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.parametrize("script", ["train_reference.py", "train_doremi.py"])
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
+def test_full_disk_at_the_last_checkpoint(tmp_path, world, script):
+    """No step comes after it: the run is not done before the file is."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".ckpt.pt.tmp").symlink_to("/dev/full")
+    flags = [*TRAINING, f"--reference={world.reference}"] if script == "train_doremi.py" else \
+        [*TINY, f"--data_dir={world.data}"]
+    result = run_here(script, *flags, f"--out_dir={out}", "--save_interval=100")
+    assert_refused(script, result, [str(out / "ckpt.pt"), "No space left", "--out_dir"], late=True)
+    assert "done" not in result.stdout
+    assert {path.name for path in out.iterdir()} == {"flags.txt", "config.json", "metrics.jsonl"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
+def test_full_disk_and_another_error(tmp_path, world):
+    """Step 2 is not finite before anybody asks for the checkpoint of step 1: the process ends with both lines."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".ckpt.pt.tmp").symlink_to("/dev/full")
+    result = run_script("train_reference.py", *TINY, f"--data_dir={world.data}", f"--out_dir={out}", "--grad_clip=0",
+                        "--learning_rate=1e30", "--warmup_steps=0", "--save_interval=1", check=False)
+    first, second = result.stderr.splitlines()[-2:]
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "ignored" not in result.stderr
+    assert "train_reference.py: error: step 2" in first and "not finite" in first
+    assert "train_reference.py: error: " in second and f"{out}/ckpt.pt: No space left on device" in second
+    assert {path.name for path in out.iterdir()} == {"flags.txt", "config.json", "metrics.jsonl"}
+
+
 def test_full_disk_while_metrics_are_written(tmp_path, world):
     """A file limit of 4 KB stands in for the full disk, as `ulimit -f` sets it."""
     def limit():
@@ -463,7 +493,7 @@ def test_full_disk_while_metrics_are_written(tmp_path, world):
     result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit,
                             env={**os.environ, "OMP_NUM_THREADS": "1",
                                  "PYTHONDONTWRITEBYTECODE": "1"})  # it would be cut short too
-    assert_refused("train_reference.py", result, ["File too large", "--out_dir"], late=True)
+    assert_refused("train_reference.py", result, [f"{out}/metrics.jsonl: File too large", "--out_dir"], late=True)
     assert {path.name for path in out.iterdir()} == {"flags.txt", "config.json", "metrics.jsonl"}
 
 

@@ -90,12 +90,14 @@ POINTS = [
     ("train_reference.py", ("step", 7)),  # between two checkpoints, in the middle of a step
     ("train_reference.py", ("flushed", 5)),  # the second checkpoint is whole on the disk, but not in its place
     ("train_large.py", ("line", 5)),  # half a line of metrics is written, behind the last checkpoint
+    ("train_reference.py", ("ahead", 2)),  # the second checkpoint is not in place, though step 12 is trained
     ("train_large.py", ("renamed", 3)),  # nothing but an empty metrics.jsonl is there
     ("train_doremi.py", ("update", 6)),
     ("train_doremi.py", ("bytes", 3)),  # half of the second checkpoint is written
     ("train_doremi.py", ("renamed", 6)),  # the second checkpoint is in place, its history is not
     ("train_doremi.py", ("bytes", 4)),  # half of the second history is written
     ("train_doremi.py", ("flushed", 8)),  # the last checkpoint is not in place
+    ("train_doremi.py", ("ahead", 3)),  # nor is it here, though the run has come to its end
     ("train_doremi.py", ("renamed", 8)),  # the last checkpoint is in place, its history is not
 ]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import shlex
 import signal
 import struct
 import sys
+import threading
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from conftest import ROOT, TINY, read_metrics, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import checkpoint
 import cli
 import runtime
 
@@ -44,6 +47,9 @@ def run_here(script, *flags):
         status = error.code or 0
     finally:
         sys.argv, _, runtime.matmul_peak = before
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join()  # as the end of a process does
         torch.set_num_threads(before[1])
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -317,28 +323,118 @@ def test_large_is_the_reference_with_other_defaults(runs):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
-    runtime.write_atomically(path, "first")
+    checkpoint.write_atomically(path, "first")
 
     def fails_half_way(file):
         file.write(b"half of the sec")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runtime.write_atomically(path, fails_half_way)
+        checkpoint.write_atomically(path, fails_half_way)
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["file"]
     with open(path) as reader:
-        runtime.write_atomically(path, lambda file: file.write(b"second"))
+        checkpoint.write_atomically(path, lambda file: file.write(b"second"))
         assert reader.read() == "first"  # renamed over it: at no moment is there half a file
     assert path.read_text() == "second"
+
+
+def trained(device, steps):
+    """A model and its optimizer after some steps, and a function that trains them by one more."""
+    model = torch.nn.Linear(3, 2).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    def step():
+        model(torch.ones(4, 3, device=device)).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(steps):
+        step()
+    return model, optimizer, step
+
+
+def leaves(value):
+    """What is nested in dictionaries and lists, tensors as bytes."""
+    if isinstance(value, dict):
+        return {name: leaves(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(leaves(item) for item in value)
+    return value.cpu().numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"))
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_a_checkpoint_is_the_state_of_its_own_step(tmp_path, monkeypatch, device):
+    """Training goes on while the file is held up; two checkpoints, the second in the first one's memory."""
+    release, written = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (release.wait(), written(*args)))
+    model, optimizer, step = trained(device, steps=2)
+    writer, path, history = checkpoint.CheckpointWriter(), tmp_path / "ckpt.pt", torch.zeros(9, 2, device=device)
+    sampler = {"step": 2, "drawn": [3, 4]}
+    for n in (3, 4):
+        release.clear()
+        history[:n] += n
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler,
+                 "alpha_history": history[:n], "identity": {"seed": n, "weights": [0.5, None, "text"]}}
+        expected = leaves(copy.deepcopy(state))
+        writer.save(path, state)
+        step()
+        optimizer.param_groups[0]["lr"] /= 2
+        sampler["drawn"][0] += 1
+        history.zero_()
+        assert leaves(state) != expected
+        release.set()
+        writer.wait()
+        found = torch.load(path, weights_only=True)
+        assert leaves(found) == expected
+        assert found["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert len(set(writer.buffers)) == 2 + 2 * 3 + 1  # weight and bias; step and two moments of each; alpha's history
+    assert all(buffer.is_pinned() == (device == "cuda") for buffer in writer.buffers.values())
+
+
+def test_checkpoints_in_quick_succession_keep_their_order(tmp_path, monkeypatch):
+    """Each is written whole, with what comes before and after it, before the next one touches its memory."""
+    release, written = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: (release.wait(), written(*args)))
+    writer, path, parameter, seen = checkpoint.CheckpointWriter(), tmp_path / "ckpt.pt", torch.zeros(1000), []
+
+    def on_disk():
+        file = torch.load(path, weights_only=True) if path.exists() else {"step": 0, "parameter": torch.zeros(1000)}
+        return file["step"], *file["parameter"].unique().tolist()
+
+    threading.Timer(0.2, release.set).start()
+    for step in range(1, 6):
+        parameter.fill_(step)
+        writer.save(path, {"step": step, "parameter": parameter}, first=lambda: seen.append(("before", *on_disk())),
+                    then=lambda saved: seen.append((saved["step"], *on_disk())))
+    writer.wait()
+    assert seen == [entry for n in range(1, 6) for entry in (("before", n - 1, n - 1), (n, n, n))]
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_an_error_of_the_writer_comes_with_the_next_call(tmp_path):
+    writer, path, after = checkpoint.CheckpointWriter(), tmp_path / "ckpt.pt", []
+    for call in (writer.wait, lambda: writer.save(path, {"step": 2})):
+        (tmp_path / ".ckpt.pt.tmp").mkdir()
+        writer.save(path, {"step": 1}, then=after.append)  # itself, it raises nothing
+        with pytest.raises(IsADirectoryError, match=r"ckpt\.pt"):
+            call()
+        (tmp_path / ".ckpt.pt.tmp").rmdir()
+        assert not path.exists() and not after
+    writer.save(path, {"step": 3})
+    writer.wait()
+    writer.wait()
+    assert torch.load(path, weights_only=True) == {"step": 3}
 
 
 def test_metrics_behind_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
-    with runtime.open_metrics(path, 2) as file:
+    with checkpoint.open_metrics(path, 2) as file:
         file.write('{"step": 3, "again": 1}\n')
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": 1}\n'
-    runtime.open_metrics(path, 0).close()
+    checkpoint.open_metrics(path, 0).close()
     assert path.read_text() == ""
 
 

@@ -1,0 +1,172 @@
+"""What decides DoReMi's answer?  One setting is changed at a time, over several seeds.
+
+reads   a data set of prepare.py; --tokenizers=DIR,DIR: the same text prepared with other vocabularies
+writes  OUT_DIR/{VARIANT/seed-S/..., study.json, study.png}, and prints the table of docs/results.md
+e.g.    python experiments/study.py --data_dir=data/demo --out_dir=checkpoints/study-demo --seeds=1,2,3
+
+For each variant: how far its answer lies from the standard's and from another seed's (total variation), on how many
+domains alpha rests (exp of its entropy) early and late, and how much averaging a later part of the run would change.
+With --large, a model is trained on each answer (all steps, and the last half), paired by seed with one on token count.
+"""
+
+import json
+import shlex
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from profit import BASELINE, Stages, pairs, spread  # the path above first
+
+import cli
+import compare
+from average_weights import read_alpha
+from report import GREY, add_titles, read_config
+from sampler import load_dataset
+from trust import effective_domains, total_variation
+
+# Name: flags of the reference, flags of the proxy. Everything else is as in "standard".
+VARIANTS = {
+    "standard": ("", ""),
+    "step size 1": ("", "--step_size=1"),
+    "step size 0.1": ("", "--step_size=0.1"),
+    "step size 0.005": ("", "--step_size=0.005"),
+    "updates after a quarter": ("", "--update_after={quarter}"),
+    "step size 1 after a quarter": ("", "--step_size=1 --update_after={quarter}"),
+    "smoothing 1e-2": ("", "--smoothing=1e-2"),
+    "smoothing 1e-4": ("", "--smoothing=1e-4"),
+    "reference by token count": ("--domain_weights=token_count", ""),
+    "batch / 4": ("--batch_size=4", ""),
+    "batch x 4": ("--batch_size=64", ""),
+    "steps x 4": ("--max_steps=3200", ""),
+    "steps x 4 at step size / 4": ("--max_steps=3200", "--step_size=0.005"),
+    "proxy x 4": ("--n_layer=3 --n_embd=128 --n_ffn=448", ""),
+}
+
+
+def run_variant(stages, args, name, reference_flags, proxy_flags, data_dir, seed):
+    """Returns the proxy's alpha (T, K), and {"all", "half": large run} where there are any."""
+    directory = name.replace(" ", "-").replace(",", "").replace("/", "div")
+    own = directory if reference_flags or data_dir != args.data_dir else "standard"  # the others share a reference
+    reference = stages.train("train_reference.py", f"{own}/seed-{seed}/reference", f"--data_dir={data_dir}",
+                             "--domain_weights=uniform", f"--seed={seed}",
+                             *shlex.split(f"{args.small} {reference_flags}"))
+    steps = read_config(reference)["flags"]["max_steps"]
+    proxy = stages.train("train_doremi.py", f"{directory}/seed-{seed}/proxy", f"--reference={reference}",
+                         *shlex.split(f"{args.proxy} {proxy_flags.format(quarter=steps // 4)}"))
+    large = {}
+    if name in args.train:
+        for part, average_from in (("all", 0), ("half", 0.5)):
+            answer = f"{directory}/seed-{seed}/answer-{part}"
+            stages.run("average_weights.py", answer, str(proxy), f"--average_from={average_from}",
+                       f"--out_dir={stages.out_dir / answer}")
+            large[part] = train_large(stages, args, f"{directory}/seed-{seed}/large-{part}",
+                                      stages.out_dir / answer / "weights.json", seed)
+    return read_alpha(proxy, read_config(proxy)["domains"]), large
+
+
+def train_large(stages, args, name, weights, seed):
+    return stages.train("train_large.py", name, f"--data_dir={args.data_dir}", f"--domain_weights={weights}",
+                        f"--seed={seed}", *shlex.split(args.large))
+
+
+def describe(alphas):
+    """What the table says of a variant.  alphas (S, T, K)."""
+    T = alphas.shape[1]
+    answers, halves = alphas.mean(axis=1), alphas[:, T // 2 :].mean(axis=1)  # (S, K)
+    number = effective_domains(alphas)  # (S, T)
+    return {
+        "answer": answers.mean(axis=0), "between": float(np.mean(pairs(answers))) if len(answers) > 1 else None,
+        "effective": [float(np.median(number[:, : T // 4])), float(np.median(number[:, 3 * T // 4 :]))],
+        "one_hot": float((alphas.max(axis=2) > 0.9).mean()),
+        "half": float(np.mean([total_variation(p, q) for p, q in zip(answers, halves)])),
+        "number": np.median(number, axis=0),  # (T,)
+    }  # fmt: skip
+
+
+def profit(large, bases, part):
+    """The cell on the large models: domains better than the baseline's, mean change; "" where none were trained."""
+    if not large[0]:
+        return ""
+    loss = np.stack([final_loss(runs[part]) for runs in large])
+    change = loss - np.stack([final_loss(base) for base in bases])  # (S, K)
+    return f"{(change < 0).sum(axis=1).mean():.1f}, {spread(change.mean(axis=1))}"
+
+
+def final_loss(run):
+    return compare.read_evaluations(run, run.name, read_config(run)["domains"]).loss[-1]
+
+
+def table(found, K, S):
+    lines = [f"| changed ({S} seeds) | from the standard answer | between seeds | alpha rests on (of {K} domains): "
+             "first, last quarter | one-hot steps | last half instead of all | large model: domains better, change "
+             "| the same, last half |", "|---|---|---|---|---|---|---|---|"]
+    for name, (of, large_all, large_half) in found.items():
+        far = total_variation(of["answer"], found["standard"][0]["answer"])
+        between = "" if of["between"] is None else f"{of['between']:.3f}"
+        lines.append(f"| {name} | {far:.3f} | {between} | {of['effective'][0]:.1f}, {of['effective'][1]:.1f} "
+                     f"| {100 * of['one_hot']:.0f}% | {of['half']:.3f} | {large_all} | {large_half} |")
+    return lines
+
+
+def draw(found, K, setting):
+    """The effective number of domains of alpha over the run, a line per variant of the step size and its length."""
+    figure = Figure(figsize=(9, 4.4))
+    axes = figure.add_axes([0.07, 0.13, 0.6, 0.68])
+    shown = [name for name in found if "step" in name or name == "standard" or "updates" in name]
+    for name, colour in zip(shown, ["#440154", "#d95f02", "#b8a200", "#21918c", "#5b9bd5", "#c2185b", "0.5", "0.75"]):
+        number = found[name][0]["number"]
+        smooth = np.convolve(number, np.ones(9) / 9, mode="valid")
+        axes.plot(np.linspace(0, 1, len(smooth)), smooth, color=colour, linewidth=1.5, label=name)
+    axes.axhline(K, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set(xlim=(0, 1), ylim=(0.9, K * 1.03), xlabel="share of the run", ylabel="exp(H(alpha)), domains")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    add_titles(figure, "At the paper's step size a short run spends its first steps on a domain or two", setting)
+    return figure
+
+
+def main():
+    parser = cli.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--data_dir", default="data/demo", help="data set of prepare.py (default %(default)s)")
+    add("--tokenizers", default="", help="the same text with other vocabularies, separated by commas (default: none)")
+    add("--out_dir", default="checkpoints/study", help="where all runs go (default %(default)s)")
+    add("--seeds", default="1,2,3", help="(default %(default)s)")
+    add("--only", default=",".join(VARIANTS), help="variants to run (default: all)")
+    add("--train", default="", help="variants whose answers a large model is trained on (default: none)")
+    add("--jobs", type=cli.positive, default=1, help="runs at once, sharing the cores (default %(default)s)")
+    add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
+    add("--proxy", default="--step_size=0.025 --compile", help="flags of the proxies (default %(default)s)")
+    add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
+    args = parser.parse_args()
+    seeds, stages = [int(seed) for seed in args.seeds.split(",")], Stages(args.out_dir, args.jobs)
+    variants = {name: (*VARIANTS[name], args.data_dir) for name in dict.fromkeys(["standard", *args.only.split(",")])}
+    for data_dir in filter(None, args.tokenizers.split(",")):
+        variants[f"vocabulary {load_dataset(data_dir, 1).vocab_size:,}"] = "", "", data_dir
+
+    def run_seed(seed):
+        base = train_large(stages, args, f"baseline/seed-{seed}", BASELINE, seed) if args.train else None
+        return base, {name: run_variant(stages, args, name, *how, seed) for name, how in variants.items()}
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        bases, runs = zip(*pool.map(run_seed, seeds))
+    stages.progress.close()
+
+    found = {}
+    for name in variants:
+        alphas, large = zip(*(of[name] for of in runs))
+        found[name] = describe(np.stack(alphas)), profit(large, bases, "all"), profit(large, bases, "half")
+    K = alphas[0].shape[1]
+    print("\n".join(table(found, K, len(seeds))))
+    draw(found, K, f"{args.data_dir}, {args.small} {args.proxy}, seeds {args.seeds}").savefig(
+        stages.out_dir / "study.png", dpi=150)
+    (stages.out_dir / "study.json").write_text(json.dumps(found, default=lambda array: array.tolist()) + "\n")
+    print(f"written: {stages.out_dir}/study.json, study.png")
+
+
+if __name__ == "__main__":
+    cli.run(main)
