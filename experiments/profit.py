@@ -114,7 +114,7 @@ def find_twin(runs, spec, dataset):
         config = read_config(run)
         tokens = config["flags"]["max_steps"] * config["flags"]["batch_size"] * config["model"]["block_size"]
         weights = sampling_weights(spec, dataset, tokens)
-        if np.array_equal(weights, in_order(config["sampling_weights"], dataset.domains, str(run))):
+        if np.allclose(weights, in_order(config["sampling_weights"], dataset.domains, str(run)), rtol=0, atol=1e-12):
             return run
 
 

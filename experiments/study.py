@@ -37,19 +37,18 @@ VARIANTS = {
     "updates after a quarter": ("", "--update_after={quarter}"),
     "step size 1 after a quarter": ("", "--step_size=1 --update_after={quarter}"),
     "smoothing 1e-2": ("", "--smoothing=1e-2"),
-    "smoothing 1e-4": ("", "--smoothing=1e-4"),
     "reference by token count": ("--domain_weights=token_count", ""),
     "batch / 4": ("--batch_size=4", ""),
-    "batch x 4": ("--batch_size=64", ""),
-    "steps x 4": ("--max_steps=3200", ""),
-    "steps x 4 at step size / 4": ("--max_steps=3200", "--step_size=0.005"),
+    "steps / 4": ("--max_steps=160", ""),
+    "steps / 4, step size x 4": ("--max_steps=160", "--step_size=0.1"),
+    "steps x 2, step size / 2": ("--max_steps=1280", "--step_size=0.0125"),
     "proxy x 4": ("--n_layer=3 --n_embd=128 --n_ffn=448", ""),
 }
 
 
 def run_variant(stages, args, name, reference_flags, proxy_flags, data_dir, seed):
     """Returns the proxy's alpha (T, K), and {"all", "half": large run} where there are any."""
-    directory = name.replace(" ", "-").replace(",", "").replace("/", "div")
+    directory = name.replace(",", "").replace(" / ", "-by-").replace(" ", "-")
     own = directory if reference_flags or data_dir != args.data_dir else "standard"  # the others share a reference
     reference = stages.train("train_reference.py", f"{own}/seed-{seed}/reference", f"--data_dir={data_dir}",
                              "--domain_weights=uniform", f"--seed={seed}",
@@ -58,7 +57,7 @@ def run_variant(stages, args, name, reference_flags, proxy_flags, data_dir, seed
     proxy = stages.train("train_doremi.py", f"{directory}/seed-{seed}/proxy", f"--reference={reference}",
                          *shlex.split(f"{args.proxy} {proxy_flags.format(quarter=steps // 4)}"))
     large = {}
-    if name in args.train:
+    if name in args.train.split(";"):
         for part, average_from in (("all", 0), ("half", 0.5)):
             answer = f"{directory}/seed-{seed}/answer-{part}"
             stages.run("average_weights.py", answer, str(proxy), f"--average_from={average_from}",
@@ -136,15 +135,15 @@ def main():
     add("--tokenizers", default="", help="the same text with other vocabularies, separated by commas (default: none)")
     add("--out_dir", default="checkpoints/study", help="where all runs go (default %(default)s)")
     add("--seeds", default="1,2,3", help="(default %(default)s)")
-    add("--only", default=",".join(VARIANTS), help="variants to run (default: all)")
-    add("--train", default="", help="variants whose answers a large model is trained on (default: none)")
+    add("--only", default=";".join(VARIANTS), help="variants to run, separated by semicolons (default: all)")
+    add("--train", default="", help="those whose answers a large model is trained on, likewise (default: none)")
     add("--jobs", type=cli.positive, default=1, help="runs at once, sharing the cores (default %(default)s)")
     add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
     add("--proxy", default="--step_size=0.025 --compile", help="flags of the proxies (default %(default)s)")
     add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
     args = parser.parse_args()
     seeds, stages = [int(seed) for seed in args.seeds.split(",")], Stages(args.out_dir, args.jobs)
-    variants = {name: (*VARIANTS[name], args.data_dir) for name in dict.fromkeys(["standard", *args.only.split(",")])}
+    variants = {name: (*VARIANTS[name], args.data_dir) for name in dict.fromkeys(["standard", *args.only.split(";")])}
     for data_dir in filter(None, args.tokenizers.split(",")):
         variants[f"vocabulary {load_dataset(data_dir, 1).vocab_size:,}"] = "", "", data_dir
 

@@ -83,12 +83,12 @@ def test_a_failed_run_is_named_and_not_done(tmp_path, data_dir, monkeypatch):
 
 
 def test_study_describes_the_weight_histories(tmp_path, data_dir, monkeypatch, capsys):
-    variants = "step size 0.005,updates after a quarter,reference by token count"
+    variants = "step size 0.005;updates after a quarter;reference by token count"
     asked = flags(data_dir, tmp_path / "out", "--seeds=1,2", f"--only={variants}", "--train=standard")
     call(study, monkeypatch, *asked)
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out/study.json").read_text())
-    assert list(found) == ["standard", *variants.split(",")]
+    assert list(found) == ["standard", *variants.split(";")]
     standard, small, late, natural = (found[name][0] for name in found)
     # Updates that begin late leave alpha uniform until then: 4 domains, and 4 only then
     assert late["number"][:3] == pytest.approx([4.0] * 3, abs=1e-9) and late["number"][3] < 4 - 1e-6
