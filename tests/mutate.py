@@ -109,6 +109,7 @@ MUTATIONS = [
     mutation("all ranks take the same sequences", "sampler.py", f"{SAMPLER} {EXACTNESS}",
              "domain[self.rank :: self.world_size], window[self.rank :: self.world_size]",
              "domain[:: self.world_size], window[:: self.world_size]"),
+    mutation("freed memory is handed back", "runtime.py", "tests/test_runtime.py", "libc.mallopt(-1, 2**31 - 1)", "pass"),
     mutation("the gradient is not clipped", "runtime.py", EXACTNESS, "grad_clip or math.inf", "math.inf"),
     mutation("norms' weights decay", "runtime.py", "tests/test_model.py", "if p.dim() >= 2]", "if p.dim() >= 1]",
              "if p.dim() < 2]", "if p.dim() < 1]"),

@@ -6,11 +6,13 @@ import copy
 import io
 import json
 import math
+import platform
 import re
 import runpy
 import shlex
 import signal
 import struct
+import subprocess
 import sys
 import threading
 from argparse import Namespace
@@ -503,3 +505,23 @@ def test_wandb_gets_what_the_metrics_have(runs):
             row.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
     assert wandb_history(path) == expected
     assert len(expected) == 4 and "alpha.rich" in expected[3] and "val_loss.rich" in expected[6]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to keep")
+def test_freed_memory_is_kept():
+    """Blocks of 40 MB, freed and taken again, are not faulted in anew (10,000 pages each, or 20 large ones)."""
+    code = """
+import resource, sys, torch, runtime
+if sys.argv[1] == "keep":
+    runtime.keep_freed_memory()
+def faults(n):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(n):
+        torch.zeros(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(2)
+print(faults(5))
+"""
+    found = {what: int(subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, check=True,
+                                      cwd=ROOT).stdout) for what in ("keep", "leave")}
+    assert found["leave"] > 5 * 40_000_000 // 2**21 - 5 and found["keep"] * 10 < found["leave"], found
