@@ -519,7 +519,7 @@ def faults(n):
     for _ in range(n):
         torch.zeros(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults(2)
+faults(10)
 print(faults(5))
 """
     found = {what: int(subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, check=True,
