@@ -139,7 +139,7 @@ def main():
     add("--train", default="", help="those whose answers a large model is trained on, likewise (default: none)")
     add("--jobs", type=cli.positive, default=1, help="runs at once, sharing the cores (default %(default)s)")
     add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
-    add("--proxy", default="--step_size=0.025 --compile", help="flags of the proxies (default %(default)s)")
+    add("--proxy", default="--step_size=0.04 --compile", help="flags of the proxies (default %(default)s)")
     add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
     args = parser.parse_args()
     seeds, stages = [int(seed) for seed in args.seeds.split(",")], Stages(args.out_dir, args.jobs)

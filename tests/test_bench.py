@@ -10,6 +10,7 @@ from conftest import run_script
 import bench
 import cli
 import sampler
+from model import ModelConfig, Transformer
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_the_medium_shape_has_as_many_parameters_as_nanogpt():
     flags = dict(flag.lstrip("-").split("=") for flag in bench.MEDIUM)
     shape = {name: int(flags[name]) for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn")}
     theirs = 12 * L * D**2 + V * D + T * D + (2 * L + 1) * D  # its matrices, tied head, positions and norms
-    assert bench.Transformer(bench.ModelConfig(vocab_size=V, **shape)).n_params() == theirs
+    assert Transformer(ModelConfig(vocab_size=V, **shape)).n_params() == theirs
 
 
 def test_the_sampler_row(small_bench):
