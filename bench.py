@@ -66,7 +66,7 @@ from bench_tools import (
 )
 from sampler import Sampler, load_dataset
 
-DEMO = (f"@{HERE}/configs/demo_small.txt", "--warmup_steps=10")
+DEMO = f"@{HERE}/configs/demo_small.txt"
 MEDIUM = ("--block_size=256 --n_layer=4 --n_head=4 --n_kv_head=4 --n_embd=256 --n_ffn=704 --batch_size=32 "
           "--max_steps=40").split()  # 4,262,144 parameters with 4,096 tokens, as many as nanoGPT has at this width
 GPT2 = ("--block_size=1024 --n_layer=12 --n_head=12 --n_kv_head=12 --n_embd=768 --n_ffn=2048 --batch_size=16 "
@@ -125,7 +125,7 @@ def proxy_steps(bench, batch_size, vocab_size, *shape):
 
 
 def proxy(bench, name="proxy", base="reference", aim="<= 1.36", floor=4 / 3, why="a forward pass more"):
-    found = {"demo": proxy_steps(bench, 16, 2048, *DEMO, "--max_steps=110"),
+    found = {"demo": proxy_steps(bench, 16, 2048, DEMO, "--max_steps=110"),
              "4.3M": proxy_steps(bench, 32, 4096, *MEDIUM)}
     return [compare(f"{name} / {base}, {shape}", seconds[name], seconds[base], aim, "s",
                     f"arithmetic: {floor:.2f}, {why}", floor) for shape, seconds in found.items()]
@@ -143,7 +143,7 @@ def startup(bench):
     data, metrics = bench.data(10_000, 2048), bench.folder / "startup" / "metrics.jsonl"
 
     def first_line(compiled, flag="--compile"):
-        command = [sys.executable, HERE / "train_reference.py", *DEMO, "--log_interval=1", flag,
+        command = [sys.executable, HERE / "train_reference.py", DEMO, "--log_interval=1", flag,
                    *bench.flags("startup", data)]
         env, start = {**bench.env, "TORCHINDUCTOR_CACHE_DIR": str(bench.folder / compiled)}, time.perf_counter()
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env) as child:
@@ -293,7 +293,7 @@ def sync(bench):
         """Two runs begin and end alike: their difference is of the 20 steps between."""
         return lambda: (waits(script[0], 40, *script[1:]) - waits(script[0], 20, *script[1:])) / 20
 
-    found = bench.alternate(reference=per_step("train_reference.py", *DEMO), proxy=per_step(
+    found = bench.alternate(reference=per_step("train_reference.py", DEMO), proxy=per_step(
         "train_doremi.py", f"--reference={bench.folder}/train_reference.py-40"))
     return [line(f"{name}, waits per step", found[name], "<= 0", ours=f"{median(found[name]):g}") for name in found]
 

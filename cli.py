@@ -66,13 +66,14 @@ def add_optimization_flags(parser, description=None):
     """The flags of training, which the proxy takes over from its reference; returns their names."""
     group = parser.add_argument_group("optimization", description)
     add = group.add_argument
-    add("--max_steps", type=positive, default=1600, help="optimizer steps (default %(default)s)")
+    add("--max_steps", type=positive, default=1000, help="optimizer steps (default %(default)s)")
     add("--batch_size", type=positive, default=16, help="sequences per step over all ranks (default %(default)s)")
     add("--learning_rate", type=non_negative, default=3e-3, help="peak learning rate (default %(default)s)")
     add("--min_lr", type=non_negative, help="last learning rate (default: a tenth of the peak)")
     add("--lr_schedule", choices=["cosine", "exponential"], default="cosine",
         help="decay after warm-up; exponential is the paper's (default %(default)s)")
-    add("--warmup_steps", type=natural, help="steps of linear warm-up (default: the paper's 6%% of max_steps)")
+    add("--warmup_steps", type=natural, help="steps of linear warm-up (default: the paper's 6%% of max_steps, but at "
+        "least 300, or a third of a shorter run)")
     add("--weight_decay", type=non_negative, default=0.01,
         help="AdamW's, on matrices only (default %(default)s, the paper's)")
     add("--beta1", type=fraction, default=0.9, help="AdamW's (default %(default)s)")

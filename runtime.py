@@ -33,8 +33,8 @@ def resolve_flags(args):
     """Fills in the flags that depend on others.  Raises UserError for values that no run can have."""
     if args.min_lr is None:
         args.min_lr = args.learning_rate / 10
-    if args.warmup_steps is None:
-        args.warmup_steps = round(0.06 * args.max_steps)
+    if args.warmup_steps is None:  # Not in the paper: at least 300 steps, or a third of a run that is shorter than 900
+        args.warmup_steps = max(round(0.06 * args.max_steps), min(300, args.max_steps // 3))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":

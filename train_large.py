@@ -11,7 +11,7 @@ import cli
 from train_reference import parse_args, train
 
 DEFAULTS = {"out_dir": "checkpoints/large", "n_layer": 5, "n_head": 3, "n_kv_head": 1, "n_embd": 192, "n_ffn": 512,
-            "max_steps": 650, "learning_rate": 2e-3, "eval_interval": 100}
+            "max_steps": 500, "learning_rate": 2e-3, "eval_interval": 50}
 
 
 def main():

@@ -175,7 +175,9 @@ def resolved(**changes):
 
 def test_defaults_that_depend_on_others():
     args = resolved()
-    assert args.min_lr == 0.001 and args.warmup_steps == 9  # a tenth; 6% of 150
+    assert args.min_lr == 0.001  # a tenth
+    assert {steps: resolved(max_steps=steps).warmup_steps for steps in (2, 150, 900, 3000, 200_000)} == {
+        2: 0, 150: 50, 900: 300, 3000: 300, 200_000: 12_000}  # a third, at most 300; 6% where that is more
     assert resolved(device="auto").device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert resolved(dtype="auto").dtype in ("float32", "bfloat16")
 
@@ -267,10 +269,10 @@ def test_metrics(runs, name, keys):
             entry = history[line["step"] - 1]
             assert entry["step"] == line["step"] and entry["domain_weights"].tolist() == list(line["alpha"].values())
             assert sum(line["alpha"].values()) == pytest.approx(1) and min(line["excess_loss"].values()) >= 0
-    # warm-up of round(0.06 * 12) = 1 step, then cosine over 11
+    # warm-up of 12 // 3 = 4 steps, then cosine over 8
     for line in training:
-        cosine = (1 + math.cos(math.pi * (line["step"] - 1) / 11)) / 2
-        assert line["lr"] == pytest.approx(3e-4 + 27e-4 * cosine)
+        cosine = (1 + math.cos(math.pi * (line["step"] - 4) / 8)) / 2
+        assert line["lr"] == pytest.approx(3e-3 * line["step"] / 4 if line["step"] < 4 else 3e-4 + 27e-4 * cosine)
 
 
 def test_config(runs):
