@@ -22,6 +22,9 @@ from cli import ArgumentParser, UserError, shown
 from report import GREY, add_titles, in_order, make_directory, percent, read_config, text_width, weight_axis
 from trust import CONVERGED, effective_domains, total_variation
 
+PROXY_FLAGS = ("max_steps", "batch_size", "step_size", "smoothing", "update_after")  # what the answer depends on
+
+
 # ---- the mathematics: arrays in, numbers out
 
 
@@ -73,7 +76,7 @@ def experiment(config):
         "domains": config["domains"],
         **{name: config["data"][name] for name in ("tokenizer_sha256", "vocab_size", "train_tokens")},
         "model": config["model"],
-        **{name: config["flags"][name] for name in ("max_steps", "batch_size", "step_size", "smoothing")},
+        **{name: config["flags"][name] for name in PROXY_FLAGS},
         "sampling_weights": config["sampling_weights"],
         "reference's sampling_weights": config["reference"]["sampling_weights"],
         "reference's max_steps": config["reference"]["max_steps"],
@@ -157,7 +160,7 @@ def provenance(runs, configs, answer, steps, average_from, **found):
         "proxy": {"model": config["model"], "n_params": config["n_params"]},
         "sampling_weights": config["sampling_weights"],
         "steps": steps,
-        **{name: flags[name] for name in ("max_steps", "batch_size", "step_size", "smoothing")},
+        **{name: flags[name] for name in PROXY_FLAGS},
         "block_size": config["model"]["block_size"],
         "average_from": average_from,
         "seeds": [c["flags"]["seed"] for c in configs],

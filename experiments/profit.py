@@ -291,7 +291,7 @@ def main():
     add("--rounds", type=cli.positive, default=4, help="of DoReMi at most, fewer where they converge (default 4)")
     add("--jobs", type=cli.positive, default=1, help="seeds that run at once, sharing the cores (default %(default)s)")
     add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
-    add("--proxy", default="--step_size=0.04 --compile", help="flags of the proxies (default %(default)s)")
+    add("--proxy", default="@experiments/profit_proxy.txt", help="flags of the proxies (default %(default)s)")
     add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]

@@ -31,17 +31,18 @@ from trust import effective_domains, total_variation
 # Name: flags of the reference, flags of the proxy. Everything else is as in "standard".
 VARIANTS = {
     "standard": ("", ""),
+    "updates from the start": ("", "--update_after=0"),
+    "step size 1 from the start": ("", "--step_size=1 --update_after=0"),  # the paper's
     "step size 1": ("", "--step_size=1"),
-    "step size 0.1": ("", "--step_size=0.1"),
-    "step size 0.005": ("", "--step_size=0.005"),
-    "updates after a quarter": ("", "--update_after={quarter}"),
-    "step size 1 after a quarter": ("", "--step_size=1 --update_after={quarter}"),
+    "step size 0.2": ("", "--step_size=0.2"),
+    "step size 0.01": ("", "--step_size=0.01"),
     "smoothing 1e-2": ("", "--smoothing=1e-2"),
-    "reference by token count": ("--domain_weights=token_count", ""),
+    "reference on uniform weights": ("--domain_weights=uniform", ""),
+    "warm-up 6%": ("--warmup_steps=24", ""),
     "batch / 4": ("--batch_size=4", ""),
-    "steps / 4": ("--max_steps=160", ""),
-    "steps / 4, step size x 4": ("--max_steps=160", "--step_size=0.1"),
-    "steps x 2, step size / 2": ("--max_steps=1280", "--step_size=0.0125"),
+    "steps / 2": ("--max_steps=200 --warmup_steps=100", "--update_after=100"),
+    "steps / 2, step size x 2": ("--max_steps=200 --warmup_steps=100", "--update_after=100 --step_size=0.08"),
+    "steps x 2, step size / 2": ("--max_steps=800 --warmup_steps=400", "--update_after=400 --step_size=0.02"),
     "proxy x 4": ("--n_layer=3 --n_embd=128 --n_ffn=448", ""),
 }
 
@@ -51,11 +52,10 @@ def run_variant(stages, args, name, reference_flags, proxy_flags, data_dir, seed
     directory = name.replace(",", "").replace(" / ", "-by-").replace(" ", "-")
     own = directory if reference_flags or data_dir != args.data_dir else "standard"  # the others share a reference
     reference = stages.train("train_reference.py", f"{own}/seed-{seed}/reference", f"--data_dir={data_dir}",
-                             "--domain_weights=uniform", f"--seed={seed}",
+                             f"--domain_weights={BASELINE}", f"--seed={seed}",
                              *shlex.split(f"{args.small} {reference_flags}"))
-    steps = read_config(reference)["flags"]["max_steps"]
     proxy = stages.train("train_doremi.py", f"{directory}/seed-{seed}/proxy", f"--reference={reference}",
-                         *shlex.split(f"{args.proxy} {proxy_flags.format(quarter=steps // 4)}"))
+                         *shlex.split(f"{args.proxy} {proxy_flags}"))
     large = {}
     if name in args.train.split(";"):
         for part, average_from in (("all", 0), ("half", 0.5)):
@@ -139,7 +139,7 @@ def main():
     add("--train", default="", help="those whose answers a large model is trained on, likewise (default: none)")
     add("--jobs", type=cli.positive, default=1, help="runs at once, sharing the cores (default %(default)s)")
     add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
-    add("--proxy", default="--step_size=0.04 --compile", help="flags of the proxies (default %(default)s)")
+    add("--proxy", default="@experiments/profit_proxy.txt", help="flags of the proxies (default %(default)s)")
     add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
     args = parser.parse_args()
     seeds, stages = [int(seed) for seed in args.seeds.split(",")], Stages(args.out_dir, args.jobs)

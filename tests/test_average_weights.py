@@ -35,7 +35,7 @@ def proxy_run(path, alpha, seed=1, max_steps=None, **changes):
         "data": {"data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
                  "train_tokens": {"books": 600, "code": 300, "web": 100}},
         "flags": {"max_steps": max_steps or len(alpha), "batch_size": 4, "step_size": 1.0, "smoothing": 1e-3,
-                  "seed": seed},
+                  "update_after": 0, "seed": seed},
         "reference": {"out_dir": "checkpoints/reference", "sampling_weights": {"web": 0.2, "books": 0.5, "code": 0.3},
                       "seed": 7, "max_steps": 20},
         "versions": {"python": "3.12.0", "torch": "2.13.0", "numpy": "2.4.0"},

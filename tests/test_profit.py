@@ -83,23 +83,25 @@ def test_a_failed_run_is_named_and_not_done(tmp_path, data_dir, monkeypatch):
 
 
 def test_study_describes_the_weight_histories(tmp_path, data_dir, monkeypatch, capsys):
-    variants = "step size 0.005;updates after a quarter;reference by token count"
-    asked = flags(data_dir, tmp_path / "out", "--seeds=1,2", f"--only={variants}", "--train=standard")
+    variants = "step size 0.01;updates from the start;reference on uniform weights"
+    asked = flags(data_dir, tmp_path / "out", "--seeds=1,2", f"--only={variants}", "--train=standard",
+                  "--proxy=--step_size=1 --update_after=3 --no-compile")
     call(study, monkeypatch, *asked)
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "out/study.json").read_text())
     assert list(found) == ["standard", *variants.split(";")]
-    standard, small, late, natural = (found[name][0] for name in found)
+    standard, small, early, uniform = (found[name][0] for name in found)
     # Updates that begin late leave alpha uniform until then: 4 domains, and 4 only then
-    assert late["number"][:3] == pytest.approx([4.0] * 3, abs=1e-9) and late["number"][3] < 4 - 1e-6
-    assert standard["number"][0] < 4 - 1e-6
+    assert standard["number"][:3] == pytest.approx([4.0] * 3, abs=1e-9) and standard["number"][3] < 4 - 1e-6
+    assert early["number"][0] < 4 - 1e-6
     # A step size of nearly nothing leaves the answer at uniform weights
     assert small["answer"] == pytest.approx([0.25] * 4, abs=0.01)
     far = abs(np.array(small["answer"]) - standard["answer"]).sum() / 2
-    assert f"| step size 0.005 | {far:.3f} |" in printed and far > 0.02
-    config = json.loads((tmp_path / "out/reference-by-token-count/seed-1/reference/config.json").read_text())
+    assert f"| step size 0.01 | {far:.3f} |" in printed and far > 0.02
+    config = json.loads((tmp_path / "out/standard/seed-1/reference/config.json").read_text())
     assert config["sampling_weights"]["counting"] == pytest.approx(6000 / 11300)
-    assert natural["answer"] != standard["answer"]
+    config = json.loads((tmp_path / "out/reference-on-uniform-weights/seed-1/reference/config.json").read_text())
+    assert config["sampling_weights"]["counting"] == 0.25 and uniform["answer"] != standard["answer"]
     change = np.array([
         [read_metrics(tmp_path / f"out/standard/seed-{s}/large-half")[-1]["val_loss"][d] - base for d, base in
          read_metrics(tmp_path / f"out/baseline/seed-{s}")[-1]["val_loss"].items()] for s in (1, 2)])
