@@ -68,7 +68,7 @@ from sampler import Sampler, load_dataset
 
 DEMO = f"@{HERE}/configs/demo_small.txt"
 MEDIUM = ("--block_size=256 --n_layer=4 --n_head=4 --n_kv_head=4 --n_embd=256 --n_ffn=704 --batch_size=32 "
-          "--max_steps=40").split()  # 4,262,144 parameters with 4,096 tokens, as many as nanoGPT has at this width
+          "--max_steps=30").split()  # 4,262,144 parameters with 4,096 tokens, as many as nanoGPT has at this width
 GPT2 = ("--block_size=1024 --n_layer=12 --n_head=12 --n_kv_head=12 --n_embd=768 --n_ffn=2048 --batch_size=16 "
         "--max_steps=60").split()
 

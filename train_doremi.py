@@ -53,8 +53,12 @@ def parse_args():
     optimization = cli.add_optimization_flags(parser, "taken over from the reference's run where they are not given")
     cli.add_machine_flags(parser, "checkpoints/proxy")
     reference_config = load_reference_config(parser.parse_args().reference)
-    parser.set_defaults(**{name: reference_config["flags"][name] for name in (*optimization, "data_dir", "dtype")})
-    return parser.parse_args(), reference_config
+    flags = reference_config["flags"]
+    parser.set_defaults(**{name: flags[name] for name in (*optimization, "data_dir", "dtype")}, warmup_steps=None)
+    args = parser.parse_args()
+    if args.warmup_steps is None and args.max_steps == flags["max_steps"]:
+        args.warmup_steps = flags["warmup_steps"]  # a run of another length has the warm-up of its length
+    return args, reference_config
 
 
 def load_reference_config(directory):
