@@ -54,7 +54,8 @@ def parse_args():
     cli.add_machine_flags(parser, "checkpoints/proxy")
     reference_config = load_reference_config(parser.parse_args().reference)
     flags = reference_config["flags"]
-    parser.set_defaults(**{name: flags[name] for name in (*optimization, "data_dir", "dtype")}, warmup_steps=None)
+    inherited = {name: flags[name] for name in (*optimization, "data_dir", "dtype")}
+    parser.set_defaults(**inherited | {"warmup_steps": None})
     args = parser.parse_args()
     if args.warmup_steps is None and args.max_steps == flags["max_steps"]:
         args.warmup_steps = flags["warmup_steps"]  # a run of another length has the warm-up of its length

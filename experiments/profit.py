@@ -200,7 +200,7 @@ def tables(results):
 def draw_profit(results, setting):
     """Left, each domain's change of held-out loss under each mixture; right, the mean over domains while training."""
     mixtures, domains, S = results["mixtures"], results["domains"], len(results["seeds"])
-    base, best = mixtures[BASELINE], LEARNED[1]
+    base, best = mixtures[BASELINE], LEARNED[0]
     distinct = {}
     for name, of in mixtures.items():
         if name != BASELINE and not any(np.array_equal(of["weights"], other["weights"]) for other in distinct.values()):
@@ -243,7 +243,7 @@ def draw_profit(results, setting):
     figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.2 / width, 0.05 / height), ncol=len(labels),
                   frameon=False, fontsize=9)
     better = (mixtures[best]["loss"] < base["loss"]).sum(axis=1)
-    finding = (f"DoReMi (uniform reference) better than {BASELINE} in {better.mean():.1f} of {K} domains "
+    finding = (f"DoReMi (reference on token count) better than {BASELINE} in {better.mean():.1f} of {K} domains "
                f"({better.min()} to {better.max()}), ")
     finding += f"mean {spread((mixtures[best]['loss'] - base['loss']).mean(axis=1))} nats"
     add_titles(figure, finding, setting)
@@ -254,16 +254,18 @@ def draw_answers(results, setting):
     """Each domain's weight in the answers, a mark per seed, beside its share of the tokens."""
     mixtures, domains = results["mixtures"], results["domains"]
     share = mixtures[BASELINE]["weights"][0]
-    order = np.argsort(-mixtures[LEARNED[1]]["weights"].mean(axis=0))
+    order = np.argsort(-mixtures[LEARNED[0]]["weights"].mean(axis=0))
+    once = np.array_equal(mixtures[LEARNED[1]]["weights"], mixtures[LEARNED[2]]["weights"])
+    learned = LEARNED[:2] if once else LEARNED
     label, K = text_width(domains, 9) + 0.3, len(domains)
     width, height = label + 6.5 + 0.3, 0.34 * K + 1.9
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes([label / width, 0.85 / height, 6.5 / width, 1 - 1.9 / height])
-    shown = np.concatenate([share[None], *(mixtures[name]["weights"] for name in LEARNED)])
+    shown = np.concatenate([share[None], *(mixtures[name]["weights"] for name in learned)])
     weight_axis(axes.xaxis, max(shown[shown > 0].min() / 1.4, 1e-4), min(1.0, shown.max() * 1.4))
     axes.plot(share[order], np.arange(K), "|", color="black", markersize=14, label="share of the tokens")
     axes.axvline(1 / K, color=GREY, linewidth=1, linestyle=":", label="uniform")
-    for name, offset in zip(LEARNED, (-0.22, 0.0, 0.22)):
+    for name, offset in zip(learned, (-0.22, 0.0, 0.22)):
         colour, marker = STYLES[name]
         for s, weights in enumerate(mixtures[name]["weights"]):
             axes.plot(weights[order], np.arange(K) + offset, marker, color=colour, markersize=4, alpha=0.6, mew=0,
@@ -273,7 +275,7 @@ def draw_answers(results, setting):
     axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.1 / width, 0.02 / height),
                   ncol=5, frameon=False, fontsize=8, columnspacing=1, handletextpad=0.3)
-    between = np.mean(pairs(mixtures[LEARNED[1]]["weights"])) if len(results["seeds"]) > 1 else float("nan")
+    between = np.mean(pairs(mixtures[LEARNED[0]]["weights"])) if len(results["seeds"]) > 1 else float("nan")
     add_titles(figure, f"Seeds agree to a total variation of {between:.3f}; the reference decides more than the seed",
                setting)
     return figure
@@ -303,7 +305,7 @@ def main():
 
     results = collect(seeds, outcome, dataset.domains)
     print("\n".join(tables(results)))
-    setting = (f"{args.data_dir}: proxies of {results['n_params']['proxy']:,} parameters, large models of "
+    setting = (f"{Path(args.data_dir).name}: proxies of {results['n_params']['proxy']:,} parameters, large models of "
                f"{results['n_params']['large']:,}; seeds {', '.join(map(str, seeds))}")
     for name, draw in (("profit", draw_profit), ("answers", draw_answers)):
         draw(results, setting).savefig(stages.out_dir / f"{name}.png", dpi=150)
