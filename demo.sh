@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# DoReMi from text to profit, on a laptop: nothing to download but the Python packages, about ten minutes on two
+# DoReMi from text to profit, on a laptop: nothing to download but the Python packages, eight minutes on two
 # cores. Every command can be pasted alone. What is done is not done again: to start over, rm -r data/demo checkpoints.
 set -euo pipefail
 cd "$(dirname "$0")"
