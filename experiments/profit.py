@@ -284,19 +284,23 @@ def draw_answers(results, setting):
 # ---- the script
 
 
+def seed_list(text):
+    return [cli.natural(seed) for seed in text.split(",")]
+
+
 def main():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     add("--data_dir", default="data/demo", help="data set of prepare.py (default %(default)s)")
     add("--out_dir", default="checkpoints/profit", help="where all runs go (default %(default)s)")
-    add("--seeds", default="1,2,3,4,5", help="(default %(default)s)")
+    add("--seeds", type=seed_list, default="1,2,3,4,5", help="separated by commas (default %(default)s)")
     add("--rounds", type=cli.positive, default=4, help="of DoReMi at most, fewer where they converge (default 4)")
     add("--jobs", type=cli.positive, default=1, help="seeds that run at once, sharing the cores (default %(default)s)")
     add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
     add("--proxy", default="@experiments/profit_proxy.txt", help="flags of the proxies (default %(default)s)")
     add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
     args = parser.parse_args()
-    seeds = [int(seed) for seed in args.seeds.split(",")]
+    seeds = args.seeds
     dataset = load_dataset(args.data_dir, 1)
     stages = Stages(args.out_dir, args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -19,11 +19,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from profit import BASELINE, Stages, pairs, spread  # the path above first
+from profit import BASELINE, Stages, pairs, seed_list, spread  # the path above first
 
 import cli
 import compare
 from average_weights import read_alpha
+from cli import UserError
 from report import GREY, add_titles, read_config
 from sampler import load_dataset
 from trust import effective_domains, total_variation
@@ -134,7 +135,7 @@ def main():
     add("--data_dir", default="data/demo", help="data set of prepare.py (default %(default)s)")
     add("--tokenizers", default="", help="the same text with other vocabularies, separated by commas (default: none)")
     add("--out_dir", default="checkpoints/study", help="where all runs go (default %(default)s)")
-    add("--seeds", default="1,2,3", help="(default %(default)s)")
+    add("--seeds", type=seed_list, default="1,2,3", help="separated by commas (default %(default)s)")
     add("--only", default=";".join(VARIANTS), help="variants to run, separated by semicolons (default: all)")
     add("--train", default="", help="those whose answers a large model is trained on, likewise (default: none)")
     add("--jobs", type=cli.positive, default=1, help="runs at once, sharing the cores (default %(default)s)")
@@ -142,7 +143,9 @@ def main():
     add("--proxy", default="@experiments/profit_proxy.txt", help="flags of the proxies (default %(default)s)")
     add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
     args = parser.parse_args()
-    seeds, stages = [int(seed) for seed in args.seeds.split(",")], Stages(args.out_dir, args.jobs)
+    seeds, stages = args.seeds, Stages(args.out_dir, args.jobs)
+    for name in {*args.only.split(";"), *filter(None, args.train.split(";"))} - set(VARIANTS):
+        raise UserError(f"'{name}' is no variant; there are: {'; '.join(VARIANTS)}.")
     variants = {name: (*VARIANTS[name], args.data_dir) for name in dict.fromkeys(["standard", *args.only.split(";")])}
     for data_dir in filter(None, args.tokenizers.split(",")):
         variants[f"vocabulary {load_dataset(data_dir, 1).vocab_size:,}"] = "", "", data_dir
@@ -161,7 +164,7 @@ def main():
         found[name] = describe(np.stack(alphas)), profit(large, bases, "all"), profit(large, bases, "half")
     K = alphas[0].shape[1]
     print("\n".join(table(found, K, len(seeds))))
-    draw(found, K, f"{args.data_dir}, {args.small} {args.proxy}, seeds {args.seeds}").savefig(
+    draw(found, K, f"{args.data_dir}, {args.small} {args.proxy}, seeds {', '.join(map(str, seeds))}").savefig(
         stages.out_dir / "study.png", dpi=150)
     (stages.out_dir / "study.json").write_text(json.dumps(found, default=lambda array: array.tolist()) + "\n")
     print(f"written: {stages.out_dir}/study.json, study.png")
