@@ -21,7 +21,7 @@ import cli
 import runtime
 from checkpoint import write_atomically
 from model import Transformer
-from report import add_titles, weight_axis
+from report import add_titles, percent, weight_axis
 from sampler import Sampler, domain_sums, load_dataset
 from train_doremi import load_reference, load_reference_config, update_alpha
 from trust import effective_domains, total_variation
@@ -103,7 +103,7 @@ def draw(domains, alphas, step_sizes, setting):
     handles = [axes[0, 0].plot([], [], dash, color=colour)[0] for _, (colour, dash) in zip(domains, styles)]
     figure.legend(handles, domains, loc="center left", bbox_to_anchor=(0.9, 0.5), frameon=False, fontsize=8)
     cost, step_size, variant = max((distance(alphas, *run), *run) for run in alphas if run[1] in VARIANTS)
-    finding = f"The costliest departure: {variant}, at step size {step_size:g} {cost:.2f} of the answer lies elsewhere"
+    finding = f"The costliest departure: {variant}, {percent(cost)} of the answer elsewhere at step size {step_size:g}"
     add_titles(figure, finding, setting)
     return figure
 

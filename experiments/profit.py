@@ -151,8 +151,22 @@ def pairs(weights):
     return [total_variation(p, q) for i, p in enumerate(weights) for q in weights[:i]]
 
 
+def own_share(results):
+    """A line on how far a domain's own share of the tokens explains what becomes of it.
+
+    Least squares over all mixtures and domains: change of loss = a + b * ln(weight / baseline's weight), of means over
+    seeds. b is what a domain gains by e times as many tokens of its own, a what it gains by the others' tokens.
+    """
+    base, others = results["mixtures"][BASELINE], [of for name, of in results["mixtures"].items() if name != BASELINE]
+    change = np.stack([(of["loss"] - base["loss"]).mean(axis=0) for of in others]).ravel()
+    ratio = np.stack([np.log(of["weights"].mean(axis=0) / base["weights"][0]) for of in others]).ravel()
+    (b, a), r = np.polyfit(ratio, change, 1), np.corrcoef(ratio, change)[0, 1]
+    return (f"change of a domain's loss = {a:+.3f} {b:+.3f} ln(weight / {BASELINE}'s), nats; "
+            f"that explains {100 * r**2:.0f}% of the variance over mixtures and domains")
+
+
 def tables(results):
-    """The lines of three tables in Markdown: mixtures, domains, answers."""
+    """The lines of the tables in Markdown: mixtures, domains, answers, rounds."""
     mixtures, K = results["mixtures"], len(results["domains"])
     base = mixtures[BASELINE]
     lines = [f"| trained on | domains better than {BASELINE}, by seed | of {K}, mean | change of the mean loss "
@@ -188,6 +202,7 @@ def tables(results):
             lines.append(f"| {name} | {np.mean(pairs(weights)):.3f} | {max(pairs(weights)):.3f} | {far:.3f} |")
         lines.append(f"| {LEARNED[2]} | {np.mean(pairs(mixtures[LEARNED[2]]['weights'])):.3f} "
                      f"| {max(pairs(mixtures[LEARNED[2]]['weights'])):.3f} | |")
+    lines += ["", own_share(results)]
     lines += ["", "| seed | largest move of each round (converged below 1e-3) |", "|---|---|"]
     lines += [f"| {seed} | {', '.join(f'{move:.4f}' for move in moves)} |"
               for seed, moves in zip(results["seeds"], results["moves"])]
@@ -275,9 +290,12 @@ def draw_answers(results, setting):
     axes.tick_params(axis="y", length=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.1 / width, 0.02 / height),
                   ncol=5, frameon=False, fontsize=8, columnspacing=1, handletextpad=0.3)
-    between = np.mean(pairs(mixtures[LEARNED[0]]["weights"])) if len(results["seeds"]) > 1 else float("nan")
-    add_titles(figure, f"Seeds agree to a total variation of {between:.3f}; the reference decides more than the seed",
-               setting)
+    natural, uniform = (mixtures[name]["weights"] for name in LEARNED[:2])
+    across = total_variation(natural.mean(axis=0), uniform.mean(axis=0))
+    finding = f"Answers: total variation {across:.3f} between references"
+    if len(results["seeds"]) > 1:
+        finding += f", {np.mean(pairs(natural) + pairs(uniform)):.3f} between seeds"
+    add_titles(figure, finding, setting)
     return figure
 
 

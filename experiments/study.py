@@ -125,7 +125,10 @@ def draw(found, K, setting):
     axes.set(xlim=(0, 1), ylim=(0.9, K * 1.03), xlabel="share of the run", ylabel="exp(H(alpha)), domains")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
-    add_titles(figure, "At the paper's step size a short run spends its first steps on a domain or two", setting)
+    name = min(found, key=lambda name: found[name][0]["effective"][0])
+    early, standard = found[name][0]["effective"][0], found["standard"][0]["effective"][0]
+    add_titles(figure, f"With '{name}' alpha rests on {early:.1f} of {K} domains in the run's first quarter, "
+               f"in the standard run on {standard:.1f}", setting)
     return figure
 
 

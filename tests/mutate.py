@@ -220,6 +220,30 @@ MUTATIONS = [
     mutation("the last alpha is the answer", "average_weights.py", "tests/test_average_weights.py",
              "answers = np.stack([running_average(alpha)[-1] for alpha in averaged])",
              "answers = np.stack([alpha[-1] for alpha in averaged])"),
+    mutation("total variation is counted twice", "trust.py", "tests/test_average_weights.py", "return 0.5 * float(",
+             "return float("),
+    mutation("the proxy's share of the cost is left out", "trust.py", "tests/test_average_weights.py",
+             "(6 * reference_tokens + 8 * proxy_tokens)", "(6 * reference_tokens)"),
+    mutation("a drift counts as error", "trust.py", "tests/test_average_weights.py",
+             "residual = m[L:-L] - (m[: -2 * L] + m[2 * L :]) / 2", "residual = m[L:-L] * 1.5**0.5"),
+    mutation("the spread ignores that few seeds were run", "trust.py", "tests/test_average_weights.py",
+             "deviation = answers.std(axis=0, ddof=1)", "deviation = answers.std(axis=0)"),
+    mutation("the floor is where a domain begins", "trust.py", "tests/test_average_weights.py",
+             "alphas[:, 3 * T // 4 :] <= ", "alphas[:, : T // 4] <= "),
+    mutation("each round starts where the first did", "rounds.sh", "tests/test_rounds.py", "    weights=$answer\n", ""),
+    mutation("a round that was cut off counts as done", "rounds.sh", "tests/test_rounds.py",
+             'if record["steps"] < record["max_steps"] else', 'if record["steps"] < 0 else'),
+    mutation("rounds go on after convergence", "rounds.sh", "tests/test_rounds.py",
+             '[ "$found" != converged ] || break', "true"),
+    mutation("rounds pass over other flags", "rounds.sh", "tests/test_rounds.py",
+             '!= "$settings" ]; then', '= "" ]; then'),
+    mutation("the speed-up is counted at the end", "compare.py", "tests/test_compare.py",
+             "return int(reached[0]) if", "return int(reached[-1]) if"),
+    mutation("equal losses count as better", "compare.py", "tests/test_compare.py",
+             "(run.loss[-1] < baseline.loss[-1])", "(run.loss[-1] <= baseline.loss[-1])"),
+    mutation("the seeds of an experiment are not paired", "experiments/profit.py", "tests/test_profit.py",
+             "{spread((of['loss'] - base['loss']).mean(axis=1))}",
+             "{spread(of['loss'].mean(axis=1) - base['loss'].mean())}"),
     mutation("tokens see the future", "model.py", "tests/test_model.py", "is_causal=True", "is_causal=False"),
     mutation("every query head reads the first key head", "model.py", f"tests/test_model.py {EXACTNESS}",
              "q, k, v = (t.transpose(1, 2) for t in (q, k, v))",
@@ -238,7 +262,8 @@ def judge(mutant):
         for old, new in mutant.edits:
             assert text.count(old) == 1, f"{mutant.name}: {mutant.file} has {text.count(old)} times: {old}"
             text = text.replace(old, new)
-        compile(text, str(path), "exec")
+        if path.suffix == ".py":
+            compile(text, str(path), "exec")
         path.write_text(text)
         killer = (mutant.tests and run_tests(copy, mutant.tests.split())) or run_tests(copy, [])
     return mutant, killer, time.monotonic() - start

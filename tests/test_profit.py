@@ -64,6 +64,14 @@ def test_profit_tells_what_the_runs_did_and_does_nothing_twice(tmp_path, data_di
     config = json.loads((tmp_path / "out/seed-1/round-2/reference/config.json").read_text())
     assert list(config["sampling_weights"].values()) == pytest.approx(answers[0], abs=1e-12)
     assert f"| 1 | {weights[1]['provenance']['largest_move']:.4f}, " in printed
+    # The line on a domain's own share is the least-squares line through all changes of the domains table
+    mixtures, base = results["mixtures"], results["mixtures"]["token_count"]
+    x, y = (np.ravel([f(of) for name, of in mixtures.items() if name != "token_count"]) for f in (
+        lambda of: np.log(np.mean(of["weights"], axis=0) / base["weights"][0]),
+        lambda of: np.mean(of["loss"], axis=0) - np.mean(base["loss"], axis=0)))
+    (a, b), *_ = np.linalg.lstsq(np.stack([np.ones_like(x), x], axis=1), y)
+    explained = 1 - np.var(y - a - b * x) / np.var(y)
+    assert f"loss = {a:+.3f} {b:+.3f} ln(" in printed and f"explains {100 * explained:.0f}% of" in printed
     # Nothing is repeated four times, so that unimax:4 is uniform and has no run of its own
     assert results["mixtures"]["unimax:4"] == results["mixtures"]["uniform"]
     assert not (tmp_path / "out/seed-1/large/unimax-4").exists()
