@@ -78,8 +78,8 @@ class Stages:
     def doremi(self, args, name, start, seed):
         """A round of DoReMi: reference on the weights `start`, proxy, answer.  Returns the path of its weights.json."""
         reference = self.train("train_reference.py", f"{name}/reference", f"--data_dir={args.data_dir}",
-                               f"--domain_weights={start}", f"--seed={seed}", *shlex.split(args.small))
-        proxy = self.train("train_doremi.py", f"{name}/proxy", f"--reference={reference}", *shlex.split(args.proxy))
+                               f"--domain_weights={start}", f"--seed={seed}", *args.small)
+        proxy = self.train("train_doremi.py", f"{name}/proxy", f"--reference={reference}", *args.proxy)
         answer = self.out_dir / name / "answer"
         return self.run("average_weights.py", f"{name}/answer", str(proxy), f"--out_dir={answer}") / "weights.json"
 
@@ -103,7 +103,7 @@ def run_seed(stages, args, dataset, seed):
         else:
             name = f"seed-{seed}/large/{name}"
             runs[mixture] = stages.train("train_large.py", name, f"--data_dir={args.data_dir}",
-                                         f"--domain_weights={spec}", f"--seed={seed}", *shlex.split(args.large))
+                                         f"--domain_weights={spec}", f"--seed={seed}", *args.large)
     return runs, natural, rounds
 
 
@@ -306,6 +306,19 @@ def seed_list(text):
     return [cli.natural(seed) for seed in text.split(",")]
 
 
+def flag_list(text):
+    """"@FILE --flag=value" as a list with FILE's flags in it, so that done.txt tells when those have changed."""
+    return cli.ArgumentParser("")._read_args_from_files(shlex.split(text))
+
+
+def add_stage_flags(parser):
+    parser.add_argument("--jobs", type=cli.positive, default=1,
+                        help="seeds that run at once, sharing the cores (default %(default)s)")
+    for name, models in (("small", "references"), ("proxy", "proxies"), ("large", "large models")):
+        parser.add_argument(f"--{name}", type=flag_list, default=f"@experiments/profit_{name}.txt",
+                            help=f"flags of the {models} (default %(default)s)")
+
+
 def main():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
@@ -313,10 +326,7 @@ def main():
     add("--out_dir", default="checkpoints/profit", help="where all runs go (default %(default)s)")
     add("--seeds", type=seed_list, default="1,2,3,4,5", help="separated by commas (default %(default)s)")
     add("--rounds", type=cli.positive, default=4, help="of DoReMi at most, fewer where they converge (default 4)")
-    add("--jobs", type=cli.positive, default=1, help="seeds that run at once, sharing the cores (default %(default)s)")
-    add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
-    add("--proxy", default="@experiments/profit_proxy.txt", help="flags of the proxies (default %(default)s)")
-    add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
+    add_stage_flags(parser)
     args = parser.parse_args()
     seeds = args.seeds
     dataset = load_dataset(args.data_dir, 1)

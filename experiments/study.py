@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from profit import BASELINE, Stages, pairs, seed_list, spread  # the path above first
+from profit import BASELINE, Stages, add_stage_flags, pairs, seed_list, spread  # the path above first
 
 import cli
 import compare
@@ -36,14 +36,15 @@ VARIANTS = {
     "step size 1 from the start": ("", "--step_size=1 --update_after=0"),  # the paper's
     "step size 1": ("", "--step_size=1"),
     "step size 0.2": ("", "--step_size=0.2"),
+    "step size 0.04": ("", "--step_size=0.04"),
     "step size 0.01": ("", "--step_size=0.01"),
     "smoothing 1e-2": ("", "--smoothing=1e-2"),
     "reference on uniform weights": ("--domain_weights=uniform", ""),
     "warm-up 6%": ("--warmup_steps=24", ""),
     "batch / 4": ("--batch_size=4", ""),
     "steps / 2": ("--max_steps=200 --warmup_steps=100", "--update_after=100"),
-    "steps / 2, step size x 2": ("--max_steps=200 --warmup_steps=100", "--update_after=100 --step_size=0.08"),
-    "steps x 2, step size / 2": ("--max_steps=800 --warmup_steps=400", "--update_after=400 --step_size=0.02"),
+    "steps / 2, step size x 2": ("--max_steps=200 --warmup_steps=100", "--update_after=100 --step_size=0.2"),
+    "steps x 2, step size / 2": ("--max_steps=800 --warmup_steps=400", "--update_after=400 --step_size=0.05"),
     "proxy x 4": ("--n_layer=3 --n_embd=128 --n_ffn=448", ""),
 }
 
@@ -54,9 +55,9 @@ def run_variant(stages, args, name, reference_flags, proxy_flags, data_dir, seed
     own = directory if reference_flags or data_dir != args.data_dir else "standard"  # the others share a reference
     reference = stages.train("train_reference.py", f"{own}/seed-{seed}/reference", f"--data_dir={data_dir}",
                              f"--domain_weights={BASELINE}", f"--seed={seed}",
-                             *shlex.split(f"{args.small} {reference_flags}"))
+                             *args.small, *shlex.split(reference_flags))
     proxy = stages.train("train_doremi.py", f"{directory}/seed-{seed}/proxy", f"--reference={reference}",
-                         *shlex.split(f"{args.proxy} {proxy_flags}"))
+                         *args.proxy, *shlex.split(proxy_flags))
     large = {}
     if name in args.train.split(";"):
         for part, average_from in (("all", 0), ("half", 0.5)):
@@ -70,7 +71,7 @@ def run_variant(stages, args, name, reference_flags, proxy_flags, data_dir, seed
 
 def train_large(stages, args, name, weights, seed):
     return stages.train("train_large.py", name, f"--data_dir={args.data_dir}", f"--domain_weights={weights}",
-                        f"--seed={seed}", *shlex.split(args.large))
+                        f"--seed={seed}", *args.large)
 
 
 def describe(alphas):
@@ -141,10 +142,7 @@ def main():
     add("--seeds", type=seed_list, default="1,2,3", help="separated by commas (default %(default)s)")
     add("--only", default=";".join(VARIANTS), help="variants to run, separated by semicolons (default: all)")
     add("--train", default="", help="those whose answers a large model is trained on, likewise (default: none)")
-    add("--jobs", type=cli.positive, default=1, help="runs at once, sharing the cores (default %(default)s)")
-    add("--small", default="@experiments/profit_small.txt", help="flags of the references (default %(default)s)")
-    add("--proxy", default="@experiments/profit_proxy.txt", help="flags of the proxies (default %(default)s)")
-    add("--large", default="@experiments/profit_large.txt", help="flags of the large models (default %(default)s)")
+    add_stage_flags(parser)
     args = parser.parse_args()
     seeds, stages = args.seeds, Stages(args.out_dir, args.jobs)
     for name in {*args.only.split(";"), *filter(None, args.train.split(";"))} - set(VARIANTS):
@@ -167,7 +165,7 @@ def main():
         found[name] = describe(np.stack(alphas)), profit(large, bases, "all"), profit(large, bases, "half")
     K = alphas[0].shape[1]
     print("\n".join(table(found, K, len(seeds))))
-    draw(found, K, f"{args.data_dir}, {args.small} {args.proxy}, seeds {', '.join(map(str, seeds))}").savefig(
+    draw(found, K, f"{Path(args.data_dir).name}, seeds {', '.join(map(str, seeds))}").savefig(
         stages.out_dir / "study.png", dpi=150)
     (stages.out_dir / "study.json").write_text(json.dumps(found, default=lambda array: array.tolist()) + "\n")
     print(f"written: {stages.out_dir}/study.json, study.png")

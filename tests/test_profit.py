@@ -80,8 +80,10 @@ def test_profit_tells_what_the_runs_did_and_does_nothing_twice(tmp_path, data_di
     call(profit, monkeypatch, *asked)
     assert capsys.readouterr().out == printed
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("done.txt")}
+    # Other flags are noticed, also those that a file holds
+    (tmp_path / "proxy.txt").write_text("--step_size=2\n--no-compile\n")
     with pytest.raises(UserError, match="step_size=2"):
-        call(profit, monkeypatch, *asked, "--proxy=--step_size=2 --no-compile")
+        call(profit, monkeypatch, *asked, f"--proxy=@{tmp_path}/proxy.txt")
 
 
 def test_a_failed_run_is_named_and_not_done(tmp_path, data_dir, monkeypatch):
