@@ -79,7 +79,7 @@ def experiment(config):
         **{name: config["flags"][name] for name in PROXY_FLAGS},
         "sampling_weights": config["sampling_weights"],
         "reference's sampling_weights": config["reference"]["sampling_weights"],
-        "reference's max_steps": config["reference"]["max_steps"],
+        **{f"reference's {name}": config["reference"][name] for name in ("max_steps", "batch_size")},
     }
 
 
@@ -272,10 +272,11 @@ def main(argv=None):
     answers = np.stack([running_average(alpha)[-1] for alpha in averaged])  # (S, K)
     answer, seeds = answers.mean(axis=0), [c["flags"]["seed"] for c in configs]
     spread = trust.measure_spread(domains, answers, averaged)
-    step_tokens = flags["batch_size"] * config["model"]["block_size"]  # the reference's batch is taken to be the same
+    block_size, first = config["model"]["block_size"], config["reference"]
+    step_tokens = flags["batch_size"] * block_size
     references = len({(c["reference"]["out_dir"], c["reference"]["seed"]) for c in configs})  # seeds may share one
-    flops = trust.search_flops(
-        config["n_params"], references * config["reference"]["max_steps"] * step_tokens, S * T * step_tokens)
+    reference_tokens = references * first["max_steps"] * first["batch_size"] * block_size
+    flops = trust.search_flops(config["n_params"], reference_tokens, S * T * step_tokens)
 
     setting = (f"Proxy of {config['n_params']:,} parameters, {T} steps of {flags['batch_size']} x "
                f"{config['model']['block_size']} tokens, tokenizer {config['data']['tokenizer']}, "

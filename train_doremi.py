@@ -132,7 +132,7 @@ def train(args, reference_config):
     reference_forward = torch.compile(reference, dynamic=False) if args.compile else reference
 
     origin = {"out_dir": args.reference, "sampling_weights": reference_config["sampling_weights"],
-              "seed": reference_config["flags"]["seed"], "max_steps": reference_config["flags"]["max_steps"],
+              **{name: reference_config["flags"][name] for name in ("seed", "max_steps", "batch_size")},
               "fingerprint": fingerprint}
     config = {"model": vars(model.config), "n_params": model.n_params(), **dataset.describe(weights),
               "reference": origin}

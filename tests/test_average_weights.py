@@ -37,7 +37,7 @@ def proxy_run(path, alpha, seed=1, max_steps=None, **changes):
         "flags": {"max_steps": max_steps or len(alpha), "batch_size": 4, "step_size": 1.0, "smoothing": 1e-3,
                   "update_after": 0, "seed": seed},
         "reference": {"out_dir": "checkpoints/reference", "sampling_weights": {"web": 0.2, "books": 0.5, "code": 0.3},
-                      "seed": 7, "max_steps": 20},
+                      "seed": 7, "max_steps": 20, "batch_size": 6},
         "versions": {"python": "3.12.0", "torch": "2.13.0", "numpy": "2.4.0"},
         "device": "cpu",
         "world_size": 1,
@@ -220,7 +220,7 @@ def test_cost_counts_every_proxy_and_a_shared_reference_once(tmp_path, capsys):
     runs = [proxy_run(tmp_path / name, random_alpha(5, seed), seed=seed) for seed, name in enumerate("abc")]
     average(*runs, "--large_params=1e6", "--large_tokens=1e5")
     flops = json.loads((runs[0] / "weights.json").read_text())["provenance"]["search_flops"]
-    assert flops == 5000 * 4 * 8 * (6 * 20 + 3 * 8 * 5)  # 20 steps of the reference, 5 of each proxy
+    assert flops == 5000 * 8 * (6 * 20 * 6 + 3 * 8 * 5 * 4)  # 20 steps of 6 sequences; 5 of 4, three times
     assert f"{flops:.3g} FLOPs" in capsys.readouterr().out
 
 
@@ -306,7 +306,8 @@ def test_bad_directories_are_refused(tmp_path, capsys):
     assert "line 2" in refused(capsys, run)
     (run / "config.json").write_text('{"stage": "proxy"}')
     assert "has no data, domains" in refused(capsys, run)
-    unknown = {"out_dir": "r", "sampling_weights": {"books": 1.0, "codes": 0.0, "web": 0.0}, "seed": 1, "max_steps": 2}
+    unknown = {"out_dir": "r", "sampling_weights": {"books": 1.0, "codes": 0.0, "web": 0.0}, "seed": 1, "max_steps": 2,
+               "batch_size": 4}
     assert "code, codes" in refused(capsys, proxy_run(tmp_path / "other", [GOOD], reference=unknown))
 
 
