@@ -6,7 +6,7 @@ e.g.    python experiments/study.py --data_dir=data/demo --out_dir=checkpoints/s
 
 For each variant: how far its answer lies from the standard's and from another seed's (total variation), on how many
 domains alpha rests (exp of its entropy) early and late, and how much averaging a later part of the run would change.
-With --large, a model is trained on each answer (all steps, and the last half), paired by seed with one on token count.
+With --train, a model is trained on each answer (all steps, and the last half), paired by seed with one on token count.
 """
 
 import json
@@ -77,13 +77,14 @@ def train_large(stages, args, name, weights, seed):
 def describe(alphas):
     """What the table says of a variant.  alphas (S, T, K)."""
     T = alphas.shape[1]
-    answers, halves = alphas.mean(axis=1), alphas[:, T // 2 :].mean(axis=1)  # (S, K)
+    answers = alphas.mean(axis=1)  # (S, K)
+    later = {part: alphas[:, start:].mean(axis=1) for part, start in (("half", T // 2), ("quarter", 3 * T // 4))}
     number = effective_domains(alphas)  # (S, T)
     return {
         "answer": answers.mean(axis=0), "between": float(np.mean(pairs(answers))) if len(answers) > 1 else None,
         "effective": [float(np.median(number[:, : T // 4])), float(np.median(number[:, 3 * T // 4 :]))],
         "one_hot": float((alphas.max(axis=2) > 0.9).mean()),
-        "half": float(np.mean([total_variation(p, q) for p, q in zip(answers, halves)])),
+        **{part: float(np.mean([total_variation(p, q) for p, q in zip(answers, of)])) for part, of in later.items()},
         "number": np.median(number, axis=0),  # (T,)
     }  # fmt: skip
 
@@ -94,7 +95,7 @@ def profit(large, bases, part):
         return ""
     loss = np.stack([final_loss(runs[part]) for runs in large])
     change = loss - np.stack([final_loss(base) for base in bases])  # (S, K)
-    return f"{(change < 0).sum(axis=1).mean():.1f}, {spread(change.mean(axis=1))}"
+    return f"{', '.join(map(str, (change < 0).sum(axis=1)))}; {spread(change.mean(axis=1))}"
 
 
 def final_loss(run):
@@ -103,13 +104,14 @@ def final_loss(run):
 
 def table(found, K, S):
     lines = [f"| changed ({S} seeds) | from the standard answer | between seeds | alpha rests on (of {K} domains): "
-             "first, last quarter | one-hot steps | last half instead of all | large model: domains better, change "
-             "| the same, last half |", "|---|---|---|---|---|---|---|---|"]
+             "first, last quarter | one-hot steps | last half, quarter instead of all "
+             "| large model: domains better by seed, change | the same, last half |", "|---" * 8 + "|"]
     for name, (of, large_all, large_half) in found.items():
         far = total_variation(of["answer"], found["standard"][0]["answer"])
         between = "" if of["between"] is None else f"{of['between']:.3f}"
-        lines.append(f"| {name} | {far:.3f} | {between} | {of['effective'][0]:.1f}, {of['effective'][1]:.1f} "
-                     f"| {100 * of['one_hot']:.0f}% | {of['half']:.3f} | {large_all} | {large_half} |")
+        early, late = of["effective"]
+        lines.append(f"| {name} | {far:.3f} | {between} | {early:.1f}, {late:.1f} | {100 * of['one_hot']:.0f}% "
+                     f"| {of['half']:.3f}, {of['quarter']:.3f} | {large_all} | {large_half} |")
     return lines
 
 
@@ -117,7 +119,7 @@ def draw(found, K, setting):
     """The effective number of domains of alpha over the run, a line per variant of the step size and its length."""
     figure = Figure(figsize=(9, 4.4))
     axes = figure.add_axes([0.07, 0.13, 0.6, 0.68])
-    shown = [name for name in found if "step" in name or name == "standard" or "updates" in name]
+    shown = [name for name in found if name in ("standard", "updates from the start") or "step size" in name[:9]]
     for name, colour in zip(shown, ["#440154", "#d95f02", "#b8a200", "#21918c", "#5b9bd5", "#c2185b", "0.5", "0.75"]):
         number = found[name][0]["number"]
         smooth = np.convolve(number, np.ones(9) / 9, mode="valid")

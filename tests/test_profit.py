@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, read_metrics
 from forked import Job
 
@@ -117,4 +118,9 @@ def test_study_describes_the_weight_histories(tmp_path, data_dir, monkeypatch, c
          read_metrics(tmp_path / f"out/baseline/seed-{s}")[-1]["val_loss"].items()] for s in (1, 2)])
     row = next(line for line in printed.splitlines() if line.startswith("| standard |"))
     sd = change.mean(axis=1).std(ddof=1)
-    assert row.endswith(f"| {(change < 0).sum(axis=1).mean():.1f}, {change.mean():+.3f} ± {sd:.3f} |")
+    better = ", ".join(str(n) for n in (change < 0).sum(axis=1))
+    assert row.endswith(f"| {better}; {change.mean():+.3f} ± {sd:.3f} |")
+    alpha = np.stack([[entry["domain_weights"].numpy() for entry in torch.load(
+        tmp_path / f"out/standard/seed-{s}/proxy/doremi_domain_weights_12.pt")] for s in (1, 2)])
+    answers, last = alpha.mean(axis=1), alpha[:, 9:].mean(axis=1)
+    assert f", {np.mean(abs(answers - last).sum(axis=1)) / 2:.3f} | " in row
