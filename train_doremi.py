@@ -39,11 +39,12 @@ def parse_args():
     add = parser.add_argument_group("DoReMi").add_argument
     add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default %(default)s)")
     add("--step_size", type=cli.non_negative, default=1.0,
-        help="eta of the weight update (default %(default)s, the paper's)")
+        help="eta of the weight update (default %(default)s, the paper's, for its 200,000 steps; in a short run about "
+        "20 over the steps at which alpha moves, with --update_after: see docs/results.md)")
     add("--smoothing", type=cli.fraction, default=1e-3,
         help="c: alpha stays above c / K (default %(default)s, the paper's)")
     add("--update_after", type=cli.natural, default=0, help="steps before alpha first moves (default %(default)s, the "
-        "paper's)")
+        "paper's; in a short run the warm-up's, until which the proxy has learnt little)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
