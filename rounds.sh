@@ -12,7 +12,7 @@
 #   --nproc_per_node=1            ranks that torchrun starts
 #   --python=FILE                 the Python to run (default: .venv, made as ./demo.sh makes it)
 #
-#   ./rounds.sh --rounds=3 -- @configs/demo_small.txt -- --step_size=0.01 --update_after=300
+#   ./rounds.sh --rounds=3 -- @configs/demo_small.txt -- --step_size=0.03 --update_after=300
 set -euo pipefail
 
 fail() { echo "$0: error: $1" >&2; exit 2; }
@@ -97,6 +97,10 @@ for name in answers[0]["domain_weights"]:
     print(f"{name:{width}}  {start[name]:8.4f}" + "".join(f"  {answer['domain_weights'][name]:8.4f}" for answer in answers))
 for label, key in (("largest move", "largest_move"), ("total variation", "total_variation")):
     print(f"{label:{width}}          " + "".join(f"  {record[key]:8.4f}" for record in records))
-end = "converged: no weight moved by 1e-3" if records[-1]["converged"] else "not converged: a larger --rounds goes on"
+end = "not converged: a larger --rounds goes on"
+if records[-1]["converged"]:
+    end = "converged: no weight moved by 1e-3"
+elif records[-1]["largest_move"] > records[0]["largest_move"]:
+    end = "not converged, and moves more than round 1: use that one's answer, or train for longer (docs/results.md)"
 print(f"round {rounds[-1]}: {end}")
 EOF

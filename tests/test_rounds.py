@@ -59,7 +59,8 @@ def test_each_round_starts_from_the_last_answer_and_is_done_once(tmp_path, data_
           for name in ("counting", "simple", "rich", "small")],
         ["largest", "move", *(f"{move:.4f}" for move in moves)],
         ["total", "variation", *(f"{found['provenance']['total_variation']:.4f}" for found in (first, second))],
-        "round 2: not converged: a larger --rounds goes on".split()]
+        ("round 2: not converged, and moves more than round 1: use that one's answer, or train for longer "
+         "(docs/results.md)" if moves[1] > moves[0] else "round 2: not converged: a larger --rounds goes on").split()]
 
     # Again: nothing is done, nothing is written, the table is the same. Other flags are not passed over in silence.
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -95,6 +96,8 @@ def test_a_round_that_was_cut_off_is_gone_on_with(tmp_path):
     assert f"--domain_weights=uniform --out_dir={out}/1/reference" in said
     assert f"--domain_weights={out}/3/proxy/weights.json --out_dir={out}/4/reference" in said
     assert said.endswith("round 4: not converged: a larger --rounds goes on\n")
+    (out / "4/proxy/weights.json").unlink()
+    assert "round 4: not converged, and moves more than round 1" in done(with_answer(largest_move=0.11))
     (out / "2/proxy/weights.json").unlink()
     said = done(with_answer(converged=True))
     assert said.count("train_reference.py") == 1
