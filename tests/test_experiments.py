@@ -19,12 +19,13 @@ import exactness
 def test_exact_variant_is_the_product_and_the_others_are_not(tmp_path, data_dir):
     flags = ["--dtype=float64", *TINY]
     run_forked("train_reference.py", *flags, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/reference")
-    run_forked("train_doremi.py", f"--reference={tmp_path}/reference", f"--out_dir={tmp_path}/proxy", "--no-compile")
+    run_forked("train_doremi.py", f"--reference={tmp_path}/reference", f"--out_dir={tmp_path}/proxy", "--no-compile",
+               "--update_after=2")
     product = torch.load(tmp_path / "proxy/doremi_domain_weights_12.pt", weights_only=True)
     product = torch.stack([entry["domain_weights"] for entry in product]).numpy()
 
     config = load_reference_config(tmp_path / "reference")
-    args = Namespace(**config["flags"] | {"reference": str(tmp_path / "reference")})
+    args = Namespace(**config["flags"] | {"reference": str(tmp_path / "reference"), "update_after": 2})
     machine = runtime.setup(args)
     dataset = load_dataset(data_dir, config["model"]["block_size"])
     reference = load_reference(args, config, dataset, machine)
