@@ -19,8 +19,8 @@ python train_reference.py @configs/demo_small.txt --out_dir=checkpoints/referenc
 
 # Stage 2. A proxy of the same shape. Domains on which it lags behind the reference gain weight, step by step. (The paper's
 # step size is 1, from the first of 200,000 steps on. In a run of 1,000 that would remember little but which domain is
-# learnt first, so that here the weights move by little, and only once the learning rate is warm: docs/results.md.)
-python train_doremi.py --reference=checkpoints/reference --out_dir=checkpoints/proxy --step_size=0.03 --update_after=300 --resume
+# learnt first, so that here the weights move by little, and in the second half only: docs/results.md.)
+python train_doremi.py --reference=checkpoints/reference --out_dir=checkpoints/proxy --step_size=0.04 --update_after=500 --resume
 
 # Stage 3. The answer: the average of the proxy's domain weights over its steps
 python average_weights.py checkpoints/proxy

@@ -12,7 +12,7 @@
 #   --nproc_per_node=1            ranks that torchrun starts
 #   --python=FILE                 the Python to run (default: .venv, made as ./demo.sh makes it)
 #
-#   ./rounds.sh --rounds=3 -- @configs/demo_small.txt -- --step_size=0.03 --update_after=300
+#   ./rounds.sh --rounds=3 -- @configs/demo_small.txt -- --step_size=0.04 --update_after=500
 set -euo pipefail
 
 fail() { echo "$0: error: $1" >&2; exit 2; }

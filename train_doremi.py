@@ -44,7 +44,7 @@ def parse_args():
     add("--smoothing", type=cli.fraction, default=1e-3,
         help="c: alpha stays above c / K (default %(default)s, the paper's)")
     add("--update_after", type=cli.natural, default=0, help="steps before alpha first moves (default %(default)s, the "
-        "paper's; in a short run the warm-up's, until which the proxy has learnt little)")
+        "paper's; in a short run half of them: see docs/results.md)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
