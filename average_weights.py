@@ -271,7 +271,7 @@ def main(argv=None):
     averaged = alphas[:, skipped:]
     answers = np.stack([running_average(alpha)[-1] for alpha in averaged])  # (S, K)
     answer, seeds = answers.mean(axis=0), [c["flags"]["seed"] for c in configs]
-    spread = trust.measure_spread(domains, answers, averaged)
+    spread = trust.measure_spread(domains, answers, averaged, max(0, flags["update_after"] - skipped))
     block_size, first = config["model"]["block_size"], config["reference"]
     step_tokens = flags["batch_size"] * block_size
     references = len({(c["reference"]["out_dir"], c["reference"]["seed"]) for c in configs})  # seeds may share one

@@ -83,14 +83,15 @@ def search_flops(n_params, reference_tokens, proxy_tokens):
     return n_params * (6 * reference_tokens + 8 * proxy_tokens)
 
 
-def measure_spread(domains, answers, alphas):
+def measure_spread(domains, answers, alphas, frozen=0):
     """How far the answer of another run may lie, as JSON values.
 
     "deviation" {DOMAIN: weight}: the standard deviation over the seeds, or a single run's standard error s.
     "total_variation": between two answers, the mean over all pairs of seeds; or what is expected of two
     answers with normal errors: half of sum_i 2 s_i / sqrt(pi).
+    "between_halves": of the steps at which alpha moves, that is without the first `frozen` ones.
     """
-    drift = {"between_halves": between_halves(alphas.mean(axis=0))}
+    drift = {"between_halves": between_halves(alphas.mean(axis=0)[frozen:])}
     if len(answers) == 1:
         deviation, length = block_standard_error(alphas[0])
         found = {"block_steps": length, "total_variation": float(deviation.sum()) / math.sqrt(math.pi)}
@@ -109,7 +110,7 @@ def moves(domains, reference, answer, spread):
     i = int(np.abs(answer - reference).argmax())
     distance, moved = abs(answer[i] - reference[i]), total_variation(answer, reference)
     deviation, single = spread["deviation"], "block_steps" in spread
-    verdict = "not below 1e-3: another round is due, whose reference is trained on this answer"
+    verdict = "not below 1e-3: another round is due (the paper's rule), whose reference is trained on this answer"
     if distance < CONVERGED:
         verdict = "below 1e-3: the rounds have converged"
     elif distance <= 2 * deviation[domains[i]]:
@@ -128,7 +129,8 @@ def moves(domains, reference, answer, spread):
     else:
         lines.append(f"between seeds     sd {deviation[widest]:.2g} at most ({widest}), total variation "
                      f"{spread['total_variation']:.3f} on average, {spread['total_variation_most']:.3f} at most")
-    drift = f"between halves    total variation {spread['between_halves']:.3f} of the averages of the run's two halves"
+    drift = (f"between halves    total variation {spread['between_halves']:.3f} of alpha's averages in two halves "
+             "of the steps at which it moves")
     if spread["between_halves"] > max(moved, CONVERGED):
         drift += ", more than the answer moved: it depends on where the run ends; train the proxy for longer"
     return [*lines, drift]

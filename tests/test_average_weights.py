@@ -170,7 +170,7 @@ def test_standard_error_of_a_known_series(phi, tolerance):
     error, length = trust.block_standard_error(x)
     assert error == pytest.approx(np.full(4, 1 / ((1 - phi) * 100)), rel=tolerance)
     assert 8 <= length <= (8 if phi == 0 else 120)  # the autocorrelation 0.9 ** lag falls below 1/e at lag 10
-    trend = np.linspace(0, 0.2, 10_000)[:, None]  # a drift that a plain block bootstrap would take for error
+    trend = np.linspace(0, 1, 10_000)[:, None]  # a drift that a plain block bootstrap would take for error
     assert trust.block_standard_error(x + trend)[0] == pytest.approx(error, rel=0.02)
 
 
@@ -193,6 +193,8 @@ def test_what_alpha_did():
     alpha = np.array([[1.0, 0, 0]] * 2 + [[0.5, 0.5, 0]] * 2 + [[0, 0.25, 0.75]] * 4)
     assert trust.between_halves(alpha) == 0.75  # averages 0.75, 0.25, 0 and 0, 0.25, 0.75
     assert trust.between_halves(alpha[:1]) == 0
+    frozen = np.concatenate([np.full((4, 3), 1 / 3), alpha])  # the steps before --update_after are no half
+    assert trust.measure_spread(DOMAINS, frozen[:1], frozen[None], frozen=4)["between_halves"] == 0.75
     assert trust.near_one_hot(alpha[None]) == 0.25
     assert trust.near_one_hot(np.array([[0.9, 0.1]])) == 0  # more than 0.9
     assert trust.quarters(alpha[None]) == pytest.approx([1, 2, *[effective_domains(alpha[-1])] * 2])
