@@ -254,8 +254,6 @@ PERMUTED = 4096  # windows of a domain whose order is computed at once
 class Batch(NamedTuple):
     tokens: torch.Tensor  # (b, T + 1) in the bins' dtype, b sequences of this rank; the model widens them on the device
     domain: torch.Tensor  # (b,) int64
-    window: torch.Tensor  # (b,) int64, the window of the domain
-    companion: object  # what the sampler's companion has found for domain and window
     state: dict  # the sampler's state after this batch
 
 
@@ -263,13 +261,12 @@ class Sampler:
     """Batches of this rank, forever: step t is a function of (seed, t, weights, windows drawn before t).
 
     weights: (K,), normalised; batch_size: B over all ranks, of which this rank takes every world_size-th slot.
-    A thread gathers the next batch while the device computes, and whatever companion(domain, window) returns for it.
+    A thread gathers the next batch while the device computes.
     """
 
-    def __init__(self, dataset, weights, batch_size, seed, rank=0, world_size=1, pin_memory=False, companion=None):
+    def __init__(self, dataset, weights, batch_size, seed, rank=0, world_size=1, pin_memory=False):
         self.dataset, self.weights, self.batch_size = dataset, np.asarray(weights, dtype=np.float64), batch_size
         self.seed, self.rank, self.world_size, self.pin_memory = seed, rank, world_size, pin_memory
-        self.companion = companion  # a function of this rank's domain (b,) and window (b,)
         self.state = {"step": 0, "drawn": [0] * len(dataset.domains)}  # batches and windows handed out so far
         self.warned = set()
         self.permuted = {}  # domain: ((epoch, block), the windows of that block); a cache, not state
@@ -326,8 +323,7 @@ class Sampler:
             for i in np.unique(domain):
                 check_vocabulary(rows[domain == i], self.dataset.vocab_size,
                                  f"{self.dataset.directory}/{self.dataset.domains[i]}/train.bin")
-        companion = self.companion(domain, window) if self.companion else None
-        return Batch(tokens, torch.from_numpy(domain), torch.from_numpy(window), companion, after)
+        return Batch(tokens, torch.from_numpy(domain), after)
 
     def epochs(self):
         """How often each domain has been seen: (K,) float64."""

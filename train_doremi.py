@@ -2,7 +2,6 @@
 
 reads   the reference's checkpoint and config, the data set named there
 writes  OUT_DIR/{flags.txt, config.json, metrics.jsonl, ckpt.pt, doremi_domain_weights_STEP.pt}
-        DATA_DIR/DOMAIN/reference_losses-KEY.bin, with --cache_reference_losses
 next    python average_weights.py OUT_DIR
 
 The proxy has the reference's shape and, unless flags say otherwise, its data, steps, batch and learning rate. Batches
@@ -10,7 +9,6 @@ are drawn with the sampling weights, which stay; alpha weights the domains' loss
 train_reference.py: the loops stand in the same order with the same names, and their difference is DoReMi.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -20,7 +18,6 @@ import cli
 import runtime
 from checkpoint import load_checkpoint, write_atomically
 from cli import UserError
-from loss_cache import LossCache
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
@@ -48,9 +45,6 @@ def parse_args():
     add("--sampling_weights", default="uniform", help="what batches are drawn from: see --domain_weights of stage 1 "
         "(default %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
-    add("--cache_reference_losses", action=argparse.BooleanOptionalAction, default=False,
-        help="keep the reference's losses beside the data, in float16, for later epochs and runs: 2 bytes per training "
-        "token visited, in DATA_DIR/DOMAIN/reference_losses-KEY.bin, free to be deleted (default: no)")
     optimization = cli.add_optimization_flags(parser, "taken over from the reference's run where they are not given")
     cli.add_machine_flags(parser, "checkpoints/proxy")
     reference_config = load_reference_config(parser.parse_args().reference)
@@ -122,12 +116,9 @@ def train(args, reference_config):
     torch.manual_seed(args.seed)
     model = Transformer(reference.config, machine.dtype).to(machine.device)
     optimizer = runtime.adamw(model, args)
-    fingerprint, cache = runtime.fingerprint(reference), None
-    if args.cache_reference_losses:
-        of = {"fingerprint": fingerprint, "dtype": args.dtype, "model": vars(reference.config)}
-        cache = LossCache(dataset, of, machine.device)
+    fingerprint = runtime.fingerprint(reference)
     sampler = Sampler(dataset, weights, args.batch_size, args.seed, machine.rank, machine.world_size,
-                      pin_memory=machine.device.type == "cuda", companion=cache and cache.read)
+                      pin_memory=machine.device.type == "cuda")
     args.compile = runtime.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     reference_forward = torch.compile(reference, dynamic=False) if args.compile else reference
@@ -137,8 +128,7 @@ def train(args, reference_config):
               "fingerprint": fingerprint}
     config = {"model": vars(model.config), "n_params": model.n_params(), **dataset.describe(weights),
               "reference": origin}
-    reference_flops = 0 if cache else 2 / 6  # its forward pass is 2 of the 6 parts of a step; stored, it costs none
-    flops_per_token = model.flops_per_token() * (1 + reference_flops)
+    flops_per_token = model.flops_per_token() * 8 / 6  # the reference's forward pass adds 2 to the 6 parts of a step
     run = runtime.Run(args, machine, "proxy", config, tokens_per_step, flops_per_token)
     step = 0
     alpha = torch.full((k,), 1 / k, dtype=machine.exact, device=machine.device)  # Alg. 1: alpha_0 = u
@@ -158,8 +148,7 @@ def train(args, reference_config):
     while step < args.max_steps and not stop:
         step += 1
         lr = runtime.set_learning_rate(optimizer, step, args)
-        batch = sampler.next_batch()
-        micro_batches = machine.to_device(batch, args.micro_batch_size)
+        micro_batches = machine.to_device(sampler.next_batch(), args.micro_batch_size)
 
         # Alg. 1: lambda_t[i] = sum of max(proxy - reference, 0) over the tokens of domain i / number of those tokens,
         # over the global batch. Backward needs alpha_t, which needs all micro-batches: where there are several, the
@@ -167,12 +156,9 @@ def train(args, reference_config):
         single_pass = len(micro_batches) == 1
         totals = torch.zeros(2, k, dtype=machine.exact, device=machine.device)
         excess_totals = torch.zeros_like(totals)
-        for i, (tokens, domain) in enumerate(micro_batches):
+        for tokens, domain in micro_batches:
             with torch.no_grad():
-                if cache:
-                    reference_loss = cache.losses(reference_forward, tokens, batch, i * args.micro_batch_size)
-                else:
-                    reference_loss = reference_forward(tokens)  # (b, T)
+                reference_loss = reference_forward(tokens)  # (b, T)
             with torch.set_grad_enabled(single_pass):
                 token_loss = forward(tokens)  # (b, T)
             clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)
@@ -215,8 +201,6 @@ def train(args, reference_config):
                                 "alpha_history": alpha_history[:step]},
                          then=lambda saved: save_weight_history(run.out_dir, saved["alpha_history"]))
     sampler.close()
-    if cache:
-        cache.close()
     run.close(step)
 
 
