@@ -126,7 +126,7 @@ class Block(nn.Module):
 class TokenLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, token by token, with the logits of only a chunk of tokens alive at a time.
 
-    x (B, T, D) in the compute dtype, weight (V, D), targets (B, T) int64 -> losses (B, T) in nats, float32 (or float64).
+    x (B, T, D) in the compute dtype, weight (V, D), targets (B, T) int64 -> losses (B, T) in nats, float32 or float64.
     Nothing of size (B * T, V) is kept for the backward pass: it computes each chunk's logits again, one more matrix
     product of the head in exchange for B * T * V floats of memory traffic.
     """
