@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something that the person at the keyboard can mend.
+    """A mistake that the user can fix.
 
-    The message is one line: what is wrong, where (file, flag, domain), what was found, what was expected, what to do.
-    Programming errors are never wrapped in it, so that they keep their traceback.
+    The message is one line: what is wrong, where (file, flag, domain), what was found, what to do. Programming errors
+    are never wrapped in it: they keep their traceback.
     """
 
 
@@ -28,8 +28,8 @@ def run(main):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if not full and error.errno not in (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR):
             raise
-        mend = "free some space or choose" if full else "choose"
-        message = f"{error.filename or 'output'}: {error.strerror}; {mend} another --out_dir."
+        remedy = "free some space or choose" if full else "choose"
+        message = f"{error.filename or 'output'}: {error.strerror}; {remedy} another --out_dir"
     else:
         return
     for bar in list(getattr(tqdm, "_instances", ())):
@@ -59,51 +59,74 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         where = f" (flags were also read from {', '.join(self.files)})" if self.files else ""
-        self.exit(2, f"{self.prog}: error: {message}{where}; see --help.\n")
+        self.exit(2, f"{self.prog}: error: {message}{where}; see --help\n")
 
 
-def add_optimization_flags(parser, description=None):
-    """The flags of training, which the proxy takes over from its reference; returns their names."""
-    group = parser.add_argument_group("optimization", description)
-    add = group.add_argument
-    add("--max_steps", type=positive, default=1000, help="optimizer steps (default %(default)s)")
-    add("--batch_size", type=positive, default=16, help="sequences per step over all ranks (default %(default)s)")
-    add("--learning_rate", type=non_negative, default=3e-3, help="peak learning rate (default %(default)s)")
-    add("--min_lr", type=non_negative, help="last learning rate (default: a tenth of the peak)")
-    add("--lr_schedule", choices=["cosine", "exponential"], default="cosine",
-        help="decay after warm-up; exponential is the paper's (default %(default)s)")
-    add("--warmup_steps", type=natural, help="steps of linear warm-up (default: the paper's 6%% of max_steps, but at "
-        "least 300, or a third of a shorter run)")
-    add("--weight_decay", type=non_negative, default=0.01,
-        help="AdamW's, on matrices only (default %(default)s, the paper's)")
-    add("--beta1", type=fraction, default=0.9, help="AdamW's (default %(default)s)")
-    add("--beta2", type=fraction, default=0.99, help="AdamW's (default %(default)s)")
-    add("--grad_clip", type=non_negative, default=1.0,
-        help="largest norm of the gradient; 0: none (default %(default)s)")
-    add("--seed", type=natural, default=1, help="of the initial weights and of the batches (default %(default)s)")
+def add_data_and_model_flags(parser, defaults):
+    """Flags of stages 1 and 4.  defaults: {flag: value}; without one, --sampling_weights must be given."""
+    add = parser.add_argument_group("data and model").add_argument
+    add("--data_dir", default="data/demo", help="data set of prepare.py (default: %(default)s)")
+    add("--sampling_weights", required="sampling_weights" not in defaults, help="what batches are drawn from: uniform, "
+        "token_count, temperature:P (token_count ** P), unimax:EPOCHS, FILE.json, numbers such as 0.2,0.8, or the mean "
+        "of several of these: uniform+token_count "
+        f"(default: {defaults.get('sampling_weights', 'none, it must be given')})")
+    add("--block_size", type=positive, default=256, help="context in tokens (default: %(default)s)")
+    for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),
+                          ("n_embd", "width"), ("n_ffn", "hidden width of the feed-forward")]:
+        add(f"--{name}", type=positive, help=f"{meaning} (default: %(default)s)")
+
+
+def add_optimization_flags(parser, inherited=False):
+    """Flags of training.  inherited: they default to what the reference's run used.  Return their names."""
+    group = parser.add_argument_group("optimization")
+
+    def add(name, kind, default, meaning, shown="%(default)s"):
+        shown = "the reference's" if inherited and name != "--seed" else shown
+        choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
+
+    add("--max_steps", positive, 1000, "optimizer steps")
+    add("--batch_size", positive, 16, "sequences per step over all ranks")
+    add("--learning_rate", non_negative, 3e-3, "peak learning rate")
+    add("--min_lr", non_negative, None, "last learning rate", "a tenth of the peak")
+    add("--lr_schedule", ["cosine", "exponential"], "cosine", "decay after warm-up; exponential is the paper's")
+    add("--warmup_steps", natural, None, "steps of linear warm-up",
+        "the paper's 6%% of max_steps, but at least 300, or a third of a shorter run")
+    add("--weight_decay", non_negative, 0.01, "AdamW's weight decay, on matrices only")
+    add("--beta1", fraction, 0.9, "AdamW's decay of the first moment")
+    add("--beta2", fraction, 0.99, "AdamW's decay of the second moment")
+    add("--grad_clip", non_negative, 1.0, "largest norm of the gradient; 0: no limit")
+    add("--seed", natural, 1, "of the initial weights and of the batches",
+        "the reference's + 1" if inherited else "%(default)s")
     return [action.dest for action in group._group_actions]
 
 
-MACHINE_FLAGS = ("out_dir", "resume", "device", "compile", "micro_batch_size", "log_interval", "eval_interval",
-                 "eval_windows", "save_interval", "wandb")
-PLACES = ("data_dir", "domain_weights", "sampling_weights", "reference")  # what lies there is compared, not its path
+MACHINE_FLAGS = ("resume", "device", "compile", "micro_batch_size", "activation_checkpointing", "log_interval",
+                 "eval_interval", "eval_windows", "save_interval", "timeout", "wandb")
+PATH_FLAGS = ("out_dir", "data_dir", "sampling_weights", "reference")
 
 
 def add_machine_flags(parser, out_dir):
-    """Flags that do not change what is computed (up to the order of floating-point sums), but for --dtype."""
+    """Flags that do not change what is computed (up to the order of floating-point sums), except --dtype."""
     add = parser.add_argument_group("machine").add_argument
-    add("--out_dir", default=out_dir, help="the run's directory (default %(default)s)")
-    add("--resume", action="store_true", help="go on from the run's last checkpoint, if it has one")
-    add("--device", default="auto", help="cpu, cuda, mps (default: cuda where there is one, else cpu)")
+    add("--out_dir", default=out_dir, help="the run's directory (default: %(default)s)")
+    add("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
+    add("--device", default="auto", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
     add("--dtype", choices=["auto", "bfloat16", "float32", "float64"], default="auto",
-        help="of the computation (default: bfloat16 where the hardware multiplies it, else float32)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: where the run is long)")
+        help="of the computation (default: bfloat16 if the hardware multiplies it, else float32)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: if the run is long)")
     add("--micro_batch_size", type=positive, help="sequences per forward pass and rank (default: all of the rank's)")
-    add("--log_interval", type=positive, default=10, help="steps between lines of metrics (default %(default)s)")
-    add("--eval_interval", type=positive, default=200, help="steps between evaluations (default %(default)s)")
-    add("--eval_windows", type=natural, default=64, help="validation windows per domain; 0: all (default %(default)s)")
-    add("--save_interval", type=positive, default=500, help="steps between checkpoints (default %(default)s)")
-    add("--wandb", choices=["disabled", "offline", "online"], default="disabled", help="(default %(default)s)")
+    add("--activation_checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="compute each block again in the backward pass: less memory, a third more time (default: no)")
+    add("--log_interval", type=positive, default=10, help="steps between lines of metrics (default: %(default)s)")
+    add("--eval_interval", type=positive, default=200, help="steps between evaluations (default: %(default)s)")
+    add("--eval_windows", type=natural, default=64,
+        help="validation windows per domain, spread over val.bin; 0: all (default: %(default)s)")
+    add("--save_interval", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
+    add("--timeout", type=positive, default=600,
+        help="seconds after which a rank that waits for another gives up (default: %(default)s)")
+    add("--wandb", choices=["disabled", "offline", "online"], default="disabled",
+        help="log to Weights & Biases, too (default: %(default)s)")
 
 
 def positive(text):

@@ -1,12 +1,12 @@
 """The transformer: a Llama-style decoder that returns the loss of every token.
 
 RMSNorm, rotary embeddings, SwiGLU, grouped-query attention, tied embeddings, no biases. It knows nothing of domains: it
-maps token ids (B, T + 1) to token losses (B, T), and whoever calls it decides how much each token counts.
+maps token ids (B, T + 1) to token losses (B, T), and its caller decides how much each token counts.
 
 Dimensions: B sequences, T tokens, D width, H query heads, G key/value heads, E head size, F hidden width, V vocabulary.
 
-Parameters are kept in float32 and cast to the compute dtype where they are used, so that a frozen copy that is *stored*
-in the compute dtype gives the same losses to the bit, without the casts.
+Parameters are kept in float32 and cast to the compute dtype where they are used. A frozen copy that is *stored* in the
+compute dtype gives the same losses to the bit, without the casts.
 """
 
 import math
@@ -15,6 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cli import UserError
 
 LOSS_CHUNK = 2**22  # logits alive at once in the loss on a CPU: 16 MB of float32, which stay in its cache
 
@@ -32,11 +35,11 @@ class ModelConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+                raise UserError(f"--{name}={value} must be at least 1")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd {self.n_embd} must be n_head ({self.n_head}) times an even head size.")
+            raise UserError(f"--n_embd={self.n_embd} must be n_head ({self.n_head}) times an even head size")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head ({self.n_kv_head}).")
+            raise UserError(f"--n_head={self.n_head} must be a multiple of n_kv_head ({self.n_kv_head})")
 
 
 class Linear(nn.Linear):
@@ -108,8 +111,14 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.n_embd)
         self.ffn = FeedForward(config)
+        self.recompute = False  # in the backward pass, instead of keeping the activations
 
     def forward(self, x, rotary):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.residual, x, rotary, use_reentrant=False)
+        return self.residual(x, rotary)
+
+    def residual(self, x, rotary):
         x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -117,9 +126,9 @@ class Block(nn.Module):
 class TokenLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, token by token, with the logits of only a chunk of tokens alive at a time.
 
-    x (N, D) in the compute dtype, weight (V, D), targets (N,) int64 -> losses (N,) in nats, float32 (or float64).
-    Nothing of size (N, V) is kept for the backward pass: it computes each chunk's logits again, one more matrix product
-    of the head in exchange for N * V floats of memory traffic.
+    x (B, T, D) in the compute dtype, weight (V, D), targets (B, T) int64 -> losses (B, T) in nats, float32 or float64.
+    Nothing of size (B * T, V) is kept for the backward pass: it computes each chunk's logits again, one more matrix
+    product of the head in exchange for B * T * V floats of memory traffic.
     """
 
     @staticmethod
@@ -127,13 +136,13 @@ class TokenLoss(torch.autograd.Function):
         w = weight.to(x.dtype)
         chunk = loss_chunk(x, len(w))
         log_z, target_logit = [], []
-        for x_c, targets_c in zip(x.split(chunk), targets.split(chunk)):
+        for x_c, targets_c in zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
             logits = full_precision(x_c @ w.T)  # (chunk, V)
             log_z.append(logits.logsumexp(-1))
             target_logit.append(logits.gather(-1, targets_c[:, None])[:, 0])
         log_z = torch.cat(log_z)
         ctx.save_for_backward(x, weight, targets, log_z)
-        return log_z - torch.cat(target_logit)
+        return log_z.view(targets.shape) - torch.cat(target_logit).view(targets.shape)
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -141,14 +150,14 @@ class TokenLoss(torch.autograd.Function):
         w = weight.to(x.dtype)
         chunk = loss_chunk(x, len(w))
         grad_x, grad_weight = [], torch.zeros_like(weight)
-        parts = zip(x.split(chunk), targets.split(chunk), log_z.split(chunk), grad_loss.split(chunk))
+        parts = zip(*(t.split(chunk) for t in (x.flatten(0, 1), targets.flatten(), log_z, grad_loss.flatten())))
         for x_c, targets_c, log_z_c, grad_c in parts:
             p = (full_precision(x_c @ w.T) - log_z_c[:, None]).exp()  # the softmax: (chunk, V)
             onehot = torch.arange(len(w), device=x.device) == targets_c[:, None]
             grad_logits = ((p - onehot.to(p.dtype)) * grad_c[:, None]).to(x.dtype)
             grad_x.append(grad_logits @ w)
             grad_weight += grad_logits.T @ x_c
-        return torch.cat(grad_x), grad_weight, None
+        return torch.cat(grad_x).view_as(x), grad_weight, None
 
 
 def loss_chunk(x, vocab_size):
@@ -162,42 +171,66 @@ def full_precision(x):
 
 
 class Transformer(nn.Module):
-    """config, dtype: the compute dtype (bfloat16, float32 or float64).  Seeded by the caller's torch.manual_seed."""
+    """config: ModelConfig; dtype: the compute dtype (bfloat16, float32 or float64); recompute: activation
+    checkpointing.  The initial parameters depend on the caller's torch.manual_seed."""
 
-    def __init__(self, config, dtype=torch.float32):
+    def __init__(self, config, dtype=torch.float32, recompute=False):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
-        self.register_buffer("rotary", None, persistent=False)
-        self.reset_parameters()
+        self.register_buffer("rotary", self.make_rotary(), persistent=False)
+        for block in self.blocks:
+            block.recompute = recompute
         if dtype == torch.float64:
             self.double()
+        if not self.norm.weight.is_meta:
+            with torch.no_grad():
+                for name, value in self.initial_parameters():
+                    self.get_parameter(name).copy_(value)
 
-    @torch.no_grad()
-    def reset_parameters(self):
-        """Normal(0, 0.02), and smaller by sqrt(2 n_layer) where a block writes into the residual stream (GPT-2)."""
-        config = self.config
+    def make_rotary(self):
+        table = rotary_table(self.config.block_size, self.config.n_embd // self.config.n_head)
+        return table if self.dtype == torch.float64 else table.float()
+
+    def to_empty(self, *, device, recurse=True):
+        """Allocate a model that was made on the meta device.  Parameters are undefined, the rotary table is not."""
+        super().to_empty(device=device, recurse=recurse)
+        self.rotary = self.make_rotary().to(device)
+        return self
+
+    def initial_parameters(self):
+        """Yield (name, value) of every parameter, on the CPU.
+
+        Normal(0, 0.02), divided by sqrt(2 n_layer) where a block writes into the residual stream (GPT-2); norms 1.
+        """
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                residual = name.endswith(("out.weight", "down.weight"))
-                parameter.normal_(0.0, 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
-        table = rotary_table(config.block_size, config.n_embd // config.n_head)
-        self.rotary = table if self.dtype == torch.float64 else table.float()
+            residual = name.endswith(("out.weight", "down.weight"))
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            value = torch.ones(parameter.shape)
+            yield name, value.normal_(0.0, std) if parameter.dim() == 2 else value
 
     def forward(self, tokens):
-        """tokens: (B, T + 1) int64, T <= block_size.  Returns token losses (B, T) in nats, float32 (or float64)."""
+        """tokens: (B, T + 1) int64, T <= block_size.  Return token losses (B, T) in nats, float32 (or float64)."""
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         x = self.embedding(inputs).to(self.dtype)  # (B, T, D)
         for block in self.blocks:
             x = block(x, self.rotary)
-        x = self.norm(x)
-        losses = TokenLoss.apply(x.flatten(0, 1), self.embedding.weight, targets.flatten())  # (B * T,)
-        return losses.view_as(targets)
+        return TokenLoss.apply(self.norm(x), self.embedding.weight, targets)
+
+    @classmethod
+    def load(cls, config, parameters, dtype):
+        """The model of a finished run.  config: its config.json; parameters: those of its checkpoint."""
+        model = cls(ModelConfig(**config["model"]), dtype)
+        try:
+            model.load_state_dict(parameters)
+        except RuntimeError:
+            raise UserError(f"the checkpoint does not match the shape in its config.json: {config['model']}") from None
+        return model
 
     def freeze(self):
-        """Stores the parameters in the compute dtype, without gradients: the same losses to the bit, no more casts."""
+        """Store the parameters in the compute dtype, without gradients: the same losses to the bit, no more casts."""
         for parameter in self.parameters():
             parameter.data = parameter.data.to(self.dtype)
         return self.requires_grad_(False)
@@ -207,7 +240,7 @@ class Transformer(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self):
-        """Floating-point operations of one training step per token: forward 1, backward 2 (PaLM, appendix B).
+        """Floating-point operations of a training step per token: forward 1 part, backward 2 (PaLM, appendix B).
 
         6 per weight of every matrix product (the head counts, the look-up does not) + 12 L D T of attention.
         """

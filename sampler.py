@@ -19,10 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import UserError
+from cli import UserError, shown
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The data set: one file of token ids per domain and split, memory-mapped
+# ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,28 @@ class Dataset:
             },
         }
 
+    def check_same_data(self, run, config):
+        """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
+        here, there = self.describe(self.token_counts())["data"], config["data"]
+        for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "train_tokens"):
+            if here[name] != there[name]:
+                raise UserError(f"{run} was trained with {name} {shown(there[name])}, but {self.directory} has "
+                                f"{shown(here[name])}; give the data that it was trained on")
+
     def bytes_per_token(self):
-        """Of the validation text: (K,) float64; it turns nats per token into bits per byte."""
+        """Of the validation text: (K,) float64.  Turns nats per token into bits per byte."""
         counts = [self.meta["domains"][name] for name in self.domains]
         return np.array([count["val_bytes"] / count["val_tokens"] for count in counts])
+
+    def by_name(self, values):
+        """{domain: number} of values (K,), without those that are not a number: domains absent from a batch."""
+        return {name: value for name, value in zip(self.domains, values.tolist()) if value == value}
+
+    def evaluation(self, val_loss):
+        """What a run logs of an evaluation.  val_loss: (K,) nats per token."""
+        bpb = val_loss / self.bytes_per_token() / np.log(2)
+        return {"val_loss": self.by_name(val_loss), "val_bpb": self.by_name(bpb),
+                "val_loss_mean": float(val_loss.mean()), "val_loss_worst": float(val_loss.max())}
 
 
 def load_dataset(directory, block_size):
@@ -73,15 +90,15 @@ def load_dataset(directory, block_size):
         meta["vocab_size"] = int(meta["vocab_size"])
         meta["tokenizer"], meta["tokenizer_sha256"]  # what a run records
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first.") from None
+        raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); prepare the data set again.") from None
+        raise UserError(f"{path} is not valid JSON ({error}); prepare the data set again") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} lacks or garbles {error}; prepare the data set again with this version.") from None
+        raise UserError(f"{path} lacks or garbles {error}; prepare the data set again with this version") from None
     if not domains:
-        raise UserError(f"{path} names no domain; prepare the data set again.")
+        raise UserError(f"{path} names no domain; prepare the data set again")
     if meta["vocab_size"] - 1 > np.iinfo(dtype).max:
-        raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit the dtype {meta['dtype']}.")
+        raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit the dtype {meta['dtype']}")
     splits = {split: tuple(map_windows(path.parent / name / f"{split}.bin", n_tokens, dtype, block_size)
                            for name, n_tokens in zip(domains, sizes[split])) for split in ("train", "val")}
     return Dataset(str(directory), meta, block_size, domains, splits["train"], splits["val"])
@@ -90,15 +107,15 @@ def load_dataset(directory, block_size):
 def map_windows(path, n_tokens, dtype, block_size):
     """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1)."""
     if not path.exists():
-        raise UserError(f"{path} is missing, though meta.json lists it; prepare the data set again.")
+        raise UserError(f"{path} is missing, though meta.json lists it; prepare the data set again")
     expected, found = n_tokens * dtype.itemsize, path.stat().st_size
     if found != expected:
         raise UserError(f"{path} has {found:,} bytes where meta.json promises {expected:,} ({n_tokens:,} tokens of "
-                        f"{dtype.itemsize} bytes): it is truncated or foreign; prepare the data set again.")
+                        f"{dtype.itemsize} bytes): it is truncated or foreign; prepare the data set again")
     n = (n_tokens - 1) // block_size
     if n < 1:
         raise UserError(f"{path}: domain '{path.parent.name}' has {n_tokens:,} tokens in {path.name}, fewer than one "
-                        f"window of {block_size + 1}; give the domain more text, leave it out, or lower --block_size.")
+                        f"window of {block_size + 1}; give the domain more text, leave it out, or lower --block_size")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     strides = (block_size * dtype.itemsize, dtype.itemsize)
     return np.lib.stride_tricks.as_strided(tokens, (n, block_size + 1), strides, writeable=False)
@@ -108,19 +125,21 @@ def check_vocabulary(rows, vocab_size, path):
     """Raises UserError where a token id has no row in the embedding."""
     if rows.size and int(rows.max()) >= vocab_size:
         raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}: they "
-                        "are of different tokenizers; prepare the data set again.")
+                        "are of different tokenizers; prepare the data set again")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling weights
+# ---- sampling weights ------------------------------------------------------------------------------------------------
 
 
 def sampling_weights(spec, dataset, planned_tokens):
     """The distribution over domains that batches are drawn from: (K,) float64, sums to 1.
 
-    spec: uniform | token_count | temperature:P | unimax:EPOCHS | FILE.json | numbers in the order of meta.json.
+    spec: uniform | token_count | temperature:P | unimax:EPOCHS | FILE.json | numbers in the order of meta.json, or
+    several of these joined by +, which stands for their mean.
     planned_tokens: of the whole run; only unimax needs it.  Raises UserError.
     """
+    if "+" in spec:
+        return np.mean([sampling_weights(part, dataset, planned_tokens) for part in spec.split("+")], axis=0)
     counts, k = dataset.token_counts(), len(dataset.domains)
     kind, _, parameter = spec.partition(":")
     if spec == "uniform":
@@ -137,12 +156,12 @@ def sampling_weights(spec, dataset, planned_tokens):
         weights = np.array([parse_number(part, spec) for part in spec.split(",")])
         if len(weights) != k:
             raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
-                            f"{', '.join(dataset.domains)}.")
+                            f"{', '.join(dataset.domains)}")
     for name, weight in zip(dataset.domains, weights):
         if not (np.isfinite(weight) and weight >= 0):
-            raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0.")
+            raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
     if weights.sum() <= 0:
-        raise UserError(f"{spec}: all weights are zero; at least one domain must have a positive weight.")
+        raise UserError(f"{spec}: all weights are zero; at least one domain must have a positive weight")
     return weights / weights.sum()
 
 
@@ -151,7 +170,7 @@ def parse_number(text, spec):
         return float(text)
     except ValueError:
         raise UserError(f"'{spec}' is no mixture: '{text}' is no number; expected uniform, token_count, temperature:P, "
-                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8.") from None
+                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8") from None
 
 
 def weights_from_json(path, dataset):
@@ -161,9 +180,9 @@ def weights_from_json(path, dataset):
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it should hold the domain weights.") from None
+        raise UserError(f"{path}: {error.strerror}; it should hold the domain weights") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     provenance = content.get("provenance") if isinstance(content, dict) else None
     tokenizer = provenance.get("tokenizer_sha256") if isinstance(provenance, dict) else None
     if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
@@ -173,14 +192,14 @@ def weights_from_json(path, dataset):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected an object {{DOMAIN: weight}}.")
+        raise UserError(f"{path} holds a {type(content).__name__}; expected an object {{DOMAIN: weight}}")
     unknown, missing = sorted(set(content) - set(domains)), sorted(set(domains) - set(content))
     if unknown or missing:
         raise UserError(f"{path} does not match the data's domains: unknown: {unknown}; without a weight: {missing}. "
-                        "Weights are matched by name; give a domain weight 0 to leave it out.")
+                        "Weights are matched by name; give a domain weight 0 to leave it out")
     for name, weight in content.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise UserError(f"{path}: the weight of '{name}' is {weight!r}; it must be a finite number >= 0.")
+            raise UserError(f"{path}: the weight of '{name}' is {weight!r}; it must be a finite number >= 0")
     return np.array([float(content[name]) for name in domains])
 
 
@@ -196,8 +215,7 @@ def unimax(counts, budget, epochs):
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Randomness without memory
+# ---- randomness without memory ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
@@ -209,19 +227,24 @@ def round_keys(seed, domain, epoch):
 def permute(index, size, keys):
     """A keyed bijection of range(size), evaluated at index: O(1) memory and start-up for any size up to 2**62.
 
-    index: (n,) integers in [0, size).  A Feistel network permutes the next power of four; values that fall outside the
-    range are sent through again until they are inside (cycle walking, Black and Rogaway 2002), which keeps a bijection.
+    index (n,) integers in [0, size); size (n,) or a number; keys (n, 8) or (8,) uint64: every element may belong to
+    another bijection.  Returns (n,) int64.  A Feistel network permutes the next power of four; values outside the range
+    are sent through again until they are inside (cycle walking, Black and Rogaway 2002), which keeps a bijection.
     """
-    half = np.uint64(max(1, ((int(size) - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
     x = np.array(index, dtype=np.uint64)
-    outside = np.ones(len(x), dtype=bool)
-    while outside.any():
-        left, right = x[outside] >> half, x[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (scramble(right + key) & mask)
-        x[outside] = (left << half) | right
-        outside = x >= np.uint64(size)
+    size = np.broadcast_to(np.asarray(size, dtype=np.uint64), x.shape)
+    keys = np.broadcast_to(keys, (len(x), 8)).T
+    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]  # of size - 1
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    todo = np.arange(len(x))
+    while len(todo):
+        h, m = half[todo], mask[todo]
+        left, right = x[todo] >> h, x[todo] & m
+        for key in keys[:, todo]:
+            left, right = right, left ^ (scramble(right + key) & m)
+        x[todo] = (left << h) | right
+        todo = todo[x[todo] >= size[todo]]
     return x.astype(np.int64)
 
 
@@ -244,11 +267,7 @@ def systematic_counts(weights, batch_size, u):
     return np.diff(edges, prepend=0.0).astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-PERMUTED = 4096  # windows of a domain whose order is computed at once
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -269,7 +288,6 @@ class Sampler:
         self.seed, self.rank, self.world_size, self.pin_memory = seed, rank, world_size, pin_memory
         self.state = {"step": 0, "drawn": [0] * len(dataset.domains)}  # batches and windows handed out so far
         self.warned = set()
-        self.permuted = {}  # domain: ((epoch, block), the windows of that block); a cache, not state
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self.ahead = None  # the future of the next batch
 
@@ -283,30 +301,17 @@ class Sampler:
 
     def slots(self, state):
         """The global batch that follows `state`: domain (B,), window (B,), and the state after it."""
-        n_windows = [len(windows) for windows in self.dataset.train]
         generator = np.random.default_rng([self.seed, state["step"]])
         counts = systematic_counts(self.weights, self.batch_size, generator.random())
-        parts = enumerate(zip(n_windows, state["drawn"], counts.tolist()))
-        window = [part for i, (n, first, count) in parts for part in self.in_order(i, n, first, count)]
+        drawn, n_windows = np.array(state["drawn"]), np.array([len(windows) for windows in self.dataset.train])
+        domain = np.repeat(np.arange(len(counts)), counts)  # in order; shuffled below
+        place = np.arange(self.batch_size) - np.repeat(np.cumsum(counts) - counts, counts)  # among those of its domain
+        epoch, index = np.divmod(drawn[domain] + place, n_windows[domain])
+        keys = np.stack([round_keys(self.seed, self.dataset.domains[i], e)
+                         for i, e in zip(domain.tolist(), epoch.tolist())])
+        window = permute(index, n_windows[domain], keys)
         shuffle = generator.permutation(self.batch_size)
-        domain = np.repeat(np.arange(len(counts)), counts)[shuffle]
-        after = {"step": state["step"] + 1, "drawn": [d + c for d, c in zip(state["drawn"], counts.tolist())]}
-        return domain, np.concatenate(window)[shuffle], after
-
-    def in_order(self, i, n, first, count):
-        """Yields, in parts, the windows that domain i (of n) shows as its first .. first + count - 1: (count,) int64.
-
-        They are permuted PERMUTED at a time and kept until they are drawn: numpy takes as long for a few as for many.
-        """
-        while count > 0:
-            epoch, position = divmod(first, n)
-            block = (epoch, position // PERMUTED)
-            if self.permuted.get(i, (None,))[0] != block:
-                index = np.arange(block[1] * PERMUTED, min((block[1] + 1) * PERMUTED, n))
-                self.permuted[i] = block, permute(index, n, round_keys(self.seed, self.dataset.domains[i], epoch))
-            part = self.permuted[i][1][position % PERMUTED :][:count]
-            first, count = first + len(part), count - len(part)
-            yield part
+        return domain[shuffle], window[shuffle], {"step": state["step"] + 1, "drawn": (drawn + counts).tolist()}
 
     def gather(self, state):
         """This rank's slots of the batch that follows `state`, copied out of the memory maps."""
@@ -343,7 +348,7 @@ class Sampler:
     def load_state_dict(self, state):
         if len(state["drawn"]) != len(self.dataset.domains):
             raise UserError(f"the sampler's state is of {len(state['drawn'])} domains, the data set has "
-                            f"{len(self.dataset.domains)}.")
+                            f"{len(self.dataset.domains)}")
         self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None
         self.warned = set(np.flatnonzero(self.epochs() > 4).tolist())
 
@@ -352,32 +357,35 @@ class Sampler:
 
 
 def evaluation_batches(dataset, n_windows, batch_size, rank=0, world_size=1):
-    """The first n_windows validation windows of every domain (0: all), shared out among ranks.
+    """n_windows validation windows of every domain (0: all), spread evenly over val.bin, shared out among ranks.
 
-    Yields tokens (batch_size, T + 1) and domain (batch_size,) int64. The last batch is filled up to batch_size with
-    rows of domain K, which are to be dropped: every batch then has one shape, and a compiled model is compiled once.
+    Documents lie in val.bin file by file: its first windows would be a few neighbouring files.
+    Yields tokens (batch_size, T + 1) and domain (batch_size,) int64, the same number of batches on every rank. Batches
+    are filled up with rows of domain K, which are to be dropped, so a compiled model is compiled for one shape.
     """
     k = len(dataset.domains)
-    take = [min(len(windows), n_windows or len(windows)) for windows in dataset.val]
-    index = [(i, j) for i, n in enumerate(take) for j in range(n)][rank::world_size]
-    for start in range(0, len(index), batch_size):
-        part = index[start : start + batch_size]
+    index = []
+    for i, windows in enumerate(dataset.val):
+        n = min(n_windows or len(windows), len(windows))
+        index += [(i, j * len(windows) // n) for j in range(n)]
+    for start in range(0, len(index), batch_size * world_size):
+        part = index[start + rank : start + batch_size * world_size : world_size]
         rows = np.stack([dataset.val[i][j] for i, j in part] + [dataset.val[0][0]] * (batch_size - len(part)))
-        path = f"{dataset.directory}/{{{','.join(sorted({dataset.domains[i] for i, _ in part}))}}}/val.bin"
-        check_vocabulary(rows, dataset.vocab_size, path)
-        domain = [i for i, _ in part] + [k] * (batch_size - len(part))
-        yield torch.from_numpy(rows), torch.tensor(domain)
+        names = ",".join(sorted({dataset.domains[i] for i, _ in part}))
+        check_vocabulary(rows, dataset.vocab_size, f"{dataset.directory}/{{{names}}}/val.bin")
+        yield torch.from_numpy(rows), torch.tensor([i for i, _ in part] + [k] * (batch_size - len(part)))
 
 
-def domain_sums(token_loss, domain, k, dtype=torch.float64):
-    """Sum and number of the token losses of each domain: (2, K), for sums that ranks and micro-batches add to.
+def domain_sums(domain, k, dtype, *token_values):
+    """Sums of token values over each domain, and the numbers of tokens, which ranks and micro-batches add to.
 
-    token_loss: (b, T); domain: (b,) int64, rows with domain >= K are dropped. A matrix product, not a scatter: the
-    order of its sums is fixed on every device.
+    domain: (b,) int64, rows with domain >= K are dropped; token_values: n tensors (b, T).  Returns (n + 1, K) of dtype.
+    A matrix product, not a scatter: the order of its sums is fixed on every device.
     """
     member = (domain == torch.arange(k, device=domain.device)[:, None]).to(dtype)  # (K, b)
-    total = member @ token_loss.sum(dim=1, dtype=dtype)
-    return torch.stack([total, member.sum(dim=1) * token_loss.size(1)])
+    T = token_values[0].size(1)
+    per_row = [values.sum(dim=1, dtype=dtype) for values in token_values]
+    return torch.stack([*(member @ values for values in per_row), member.sum(dim=1) * T])
 
 
 @torch.no_grad()
@@ -387,8 +395,9 @@ def held_out_loss(forward, dataset, n_windows, batch_size, machine):
     forward: a function from tokens (b, T + 1) to token losses (b, T); machine: runtime.Machine.
     """
     k = len(dataset.domains)
-    totals = torch.zeros(2, k, dtype=machine.exact, device=machine.device)
+    sums = torch.zeros(2, k, dtype=machine.sum_dtype, device=machine.device)
     for tokens, domain in evaluation_batches(dataset, n_windows, batch_size, machine.rank, machine.world_size):
-        totals += domain_sums(forward(tokens.to(machine.device).long()), domain.to(machine.device), k, machine.exact)
-    total, count = machine.all_reduce(totals).cpu().double().numpy()
+        token_loss = forward(tokens.to(machine.device).long())
+        sums += domain_sums(domain.to(machine.device), k, machine.sum_dtype, token_loss)
+    total, count = machine.all_reduce(sums).cpu().double().numpy()
     return total / count

@@ -41,7 +41,7 @@ def mutation(name, file, tests, *texts):
 UPDATE = "alpha = update_alpha(alpha, excess, step_size, args.smoothing)"
 EXCESS = "clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)"
 LAMBDA = "excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)"
-SUMS = "excess_totals += domain_sums(clipped_excess, domain, k, machine.exact)"
+SUMS = "excess_totals += domain_sums(clipped_excess, domain, k, machine.sum_dtype)"
 RATE = "lr = runtime.set_learning_rate(optimizer, step, args)"
 BACKWARD = "(token_weight[domain] * token_loss.sum(dim=1)).sum().backward()"
 
@@ -65,7 +65,7 @@ MUTATIONS = [
     mutation("the gradient is of the clipped excess", PROXY, EXACTNESS, BACKWARD,
              BACKWARD.replace("token_loss", "(token_loss - reference_forward(tokens)).clamp(min=0)")),
     mutation("divided by the tokens of positive excess", PROXY, EXACTNESS, SUMS,
-             SUMS + "\n            positive = domain_sums((clipped_excess > 0).double(), domain, k, machine.exact)"
+             SUMS + "\n            positive = domain_sums((clipped_excess > 0).double(), domain, k, machine.sum_dtype)"
              "\n            totals[1] += positive[0] - positive[1]",
              LAMBDA, LAMBDA.replace("count.clamp", "totals[1].clamp")),
     mutation("no smoothing", PROXY, EXACTNESS, "return (1 - smoothing) * log_alpha.exp() + smoothing / len(alpha)",
@@ -83,7 +83,7 @@ MUTATIONS = [
              "totals, excess_totals = machine.all_reduce(torch.stack([totals, excess_totals]))",
              LAMBDA, LAMBDA.replace("excess_sum / count.clamp(min=1)", "own")),
     mutation("lambda is a mean of the micro-batches' means", PROXY, EXACTNESS, SUMS,
-             "sums = domain_sums(clipped_excess, domain, k, machine.exact)\n            "
+             "sums = domain_sums(clipped_excess, domain, k, machine.sum_dtype)\n            "
              "excess_totals += torch.stack([sums[0] / sums[1].clamp(min=1), (sums[1] > 0).to(sums)])",
              "excess_sum, count = excess_totals", "(excess_sum, means), count = excess_totals, totals[1]",
              LAMBDA, LAMBDA.replace("count.clamp", "means.clamp")),

@@ -173,7 +173,7 @@ def test_token_past_the_vocabulary(tmp_path, data, split):
     ("unimax:0", ["all weights are zero"]), ("unimax:-1", [">= 0"]),
     ("nowhere.json", ["nowhere.json", "No such file"])])
 def test_weights_on_the_command_line(tmp_path, world, spec, mentions):
-    reference_refused(tmp_path, world.data, f"--domain_weights={spec}", mentions=mentions)
+    reference_refused(tmp_path, world.data, f"--sampling_weights={spec}", mentions=mentions)
 
 
 EVEN = {"counting": 1, "simple": 1, "rich": 1, "small": 1}
@@ -193,7 +193,7 @@ def test_weights_in_a_file(tmp_path, world, content, mentions):
     path = tmp_path / "my_weights.json"
     content = content if isinstance(content, (str, bytes)) else json.dumps(content)
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    reference_refused(tmp_path, world.data, f"--domain_weights={path}", mentions=[str(path), *mentions])
+    reference_refused(tmp_path, world.data, f"--sampling_weights={path}", mentions=[str(path), *mentions])
     if "'arxiv'" in mentions:
         proxy_refused(tmp_path, world.reference, f"--sampling_weights={path}", mentions=[str(path), *mentions])
 
@@ -245,7 +245,7 @@ def test_batch_that_the_ranks_do_not_divide(tmp_path, world, monkeypatch, ranks,
 def test_by_hand(tmp_path, world):
     """As a person sees it: a process of its own."""
     out = tmp_path / "out"
-    result = run_script("train_reference.py", *TINY, f"--data_dir={world.data}", "--domain_weights=1,1,nan,1",
+    result = run_script("train_reference.py", *TINY, f"--data_dir={world.data}", "--sampling_weights=1,1,nan,1",
                         f"--out_dir={out}", check=False)
     assert_refused("train_reference.py", result, ["'rich' is nan"])
     assert not result.stdout and not out.exists()
@@ -323,7 +323,7 @@ def test_existing_run_is_not_overwritten(tmp_path, world):
 @pytest.mark.parametrize("flag, mentions", [
     ("--seed=2", ["seed 1", "2"]), ("--batch_size=24", ["batch_size 12", "24"]), ("--max_steps=24", ["max_steps 12"]),
     ("--learning_rate=0.1", ["learning_rate 0.003", "0.1"]), ("--n_layer=2", ["n_layer 1", "2"]),
-    ("--domain_weights=token_count", ["sampling_weights"]), ("--dtype=float64", ["dtype", "float64"]),
+    ("--sampling_weights=token_count", ["sampling_weights"]), ("--dtype=float64", ["dtype", "float64"]),
     ("--block_size=8", ["block_size 16", "8"])])
 def test_resumption_with_other_flags(tmp_path, world, flag, mentions):
     shutil.copytree(world.reference, tmp_path / "out")

@@ -69,7 +69,7 @@ def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **opt
     history = torch.load(out / f"doremi_domain_weights_{STEPS}.pt", weights_only=True)
     assert [entry["step"] for entry in history] == list(range(1, STEPS + 1))
     return {"alpha": torch.stack([entry["domain_weights"] for entry in history]).tolist(),
-            "excess": [list(line["excess_loss"].values()) for line in metrics],
+            "excess": [list(line["excess"].values()) for line in metrics],
             "logged_alpha": [list(line["alpha"].values()) for line in metrics],
             "loss": [line["loss"] for line in metrics], "grad_norm": [line["grad_norm"] for line in metrics],
             "model": torch.load(out / "ckpt.pt", weights_only=True)["model"],
@@ -244,7 +244,7 @@ def test_absent_domain_keeps_its_last_excess(world):
     before, alpha, seen, kept = [0.0] * 4, [0.25] * 4, set(), set()
     for line in lines:
         present = {int(name.removeprefix("domain")) for name in line["domain_loss"]}
-        excess = list(line["excess_loss"].values())
+        excess = list(line["excess"].values())
         for i in set(range(4)) - present:
             assert excess[i] == before[i]
             assert (excess[i] == 0) == (i not in seen)

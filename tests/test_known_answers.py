@@ -64,7 +64,7 @@ def check_answer(reference, out, seed):
     lines = [line for line in read_metrics(out) if "loss" in line]
     history = torch.load(out / f"doremi_domain_weights_{STEPS}.pt", weights_only=True)
     alpha = torch.stack([entry["domain_weights"] for entry in history]).numpy()  # (T, K)
-    excess = np.array([list(line["excess_loss"].values()) for line in lines])  # (T, K)
+    excess = np.array([list(line["excess"].values()) for line in lines])  # (T, K)
     noise, trivial, slow, twin_a, twin_b = alpha_bar = alpha.mean(axis=0)
     start, late = alpha[:20].mean(axis=0), alpha[-50:].mean(axis=0)
     print(f"\nseed {seed}: alpha_bar {alpha_bar.round(4)}, at the start {start.round(3)}, late {late.round(3)}, "

@@ -25,7 +25,7 @@ def script_flags(script, world, dtype):
     common = [flag for flag in TINY if flag not in shape] + [f"--data_dir={world}/data", "--seed=2", "--log_interval=2"]
     if script == "train_doremi.py":  # skewed: the lambda of an absent domain has to survive
         return [*common, f"--reference={world}/reference-{dtype}", "--sampling_weights=0.6,0.36,0.02,0.02"]
-    return [*common, *shape, f"--dtype={dtype}", "--domain_weights=0.4,0.3,0.2,0.1"]
+    return [*common, *shape, f"--dtype={dtype}", "--sampling_weights=0.4,0.3,0.2,0.1"]
 
 
 @pytest.fixture(scope="module")

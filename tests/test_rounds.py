@@ -93,8 +93,8 @@ def test_a_round_that_was_cut_off_is_gone_on_with(tmp_path):
     assert not (out / "rounds.txt").exists()  # so that a wrong flag can be mended
     said = done(with_answer())
     assert said.count("train_reference.py") == said.count("train_doremi.py") == said.count("average_weights.py") == 4
-    assert f"--domain_weights=uniform --out_dir={out}/1/reference" in said
-    assert f"--domain_weights={out}/3/proxy/weights.json --out_dir={out}/4/reference" in said
+    assert f"--sampling_weights=uniform --out_dir={out}/1/reference" in said
+    assert f"--sampling_weights={out}/3/proxy/weights.json --out_dir={out}/4/reference" in said
     assert said.endswith("round 4: not converged: a larger --rounds goes on\n")
     (out / "4/proxy/weights.json").unlink()
     assert "round 4: not converged, and moves more than round 1" in done(with_answer(largest_move=0.11))
@@ -112,7 +112,7 @@ def test_a_wrong_flag_is_one_line(flag, said):
 
 
 def test_flags_that_each_round_sets_are_refused():
-    refused(rounds(reference=["--domain_weights=uniform"]), "--domain_weights=uniform: each round sets that itself")
+    refused(rounds(reference=["--sampling_weights=uniform"]), "--sampling_weights=uniform: each round sets that itself")
     refused(rounds(proxy=["--reference=elsewhere"]), "--reference=elsewhere: each round sets that itself")
 
 

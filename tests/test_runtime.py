@@ -74,7 +74,7 @@ def runs(tmp_path_factory, data_dir):
     directory = tmp_path_factory.mktemp("runs")
     reference, proxy = directory / "reference", directory / "proxy"
     succeed("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}", "--dtype=float64",
-            "--domain_weights=0.1,0.2,0.3,0.4")
+            "--sampling_weights=0.1,0.2,0.3,0.4")
     flags = [flag for flag in TINY if re.match("--(log|eval|save)_|--no-compile", flag)]
     succeed("train_doremi.py", *flags, f"--reference={reference}", f"--out_dir={proxy}")
     return SimpleNamespace(reference=reference, proxy=proxy, data=data_dir, directory=directory)
@@ -241,7 +241,7 @@ EVALUATION = {"step", "tokens", "seconds", "val_loss", "val_bpb", "val_loss_mean
 TRAINING = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "domain_loss", "epochs"}
 
 
-@pytest.mark.parametrize("name, keys", [("reference", TRAINING), ("proxy", TRAINING | {"alpha", "excess_loss"})])
+@pytest.mark.parametrize("name, keys", [("reference", TRAINING), ("proxy", TRAINING | {"alpha", "excess"})])
 def test_metrics(runs, name, keys):
     """Steps of 12 sequences of 16 tokens: 192. A line every 3 steps, an evaluation every 6."""
     lines = read_metrics(getattr(runs, name))
@@ -268,7 +268,7 @@ def test_metrics(runs, name, keys):
         for line in training:
             entry = history[line["step"] - 1]
             assert entry["step"] == line["step"] and entry["domain_weights"].tolist() == list(line["alpha"].values())
-            assert sum(line["alpha"].values()) == pytest.approx(1) and min(line["excess_loss"].values()) >= 0
+            assert sum(line["alpha"].values()) == pytest.approx(1) and min(line["excess"].values()) >= 0
     # warm-up of 12 // 3 = 4 steps, then cosine over 8
     for line in training:
         cosine = (1 + math.cos(math.pi * (line["step"] - 4) / 8)) / 2
