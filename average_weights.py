@@ -9,7 +9,6 @@ Dimensions: S seeds, T steps, K domains.
 
 import itertools
 import json
-import re
 from pathlib import Path
 
 import matplotlib
@@ -24,7 +23,6 @@ from cli import UserError, shown
 
 GREY = "0.45"  # in every picture, a hollow grey circle is what came before: the reference, the baseline
 DASHES = ("-", "--", "-.", ":")
-SEED = {"seed", "reference.seed", "reference.fingerprint", "reference.out_dir"}  # may differ between seeds
 
 
 # ---- the mathematics ----
@@ -53,7 +51,7 @@ def between_halves(alpha):
 
 
 def effective_domains(p):
-    """exp(entropy): 1 if a single domain has all the weight, K if all weights are equal.  p: (..., K).  Returns (...)."""
+    """exp(entropy): 1 if a single domain has all the weight, K if all weights are equal.  p: (K,) or more."""
     return np.exp(-(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1))  # 0 log 0 = 0
 
 
@@ -66,19 +64,19 @@ def search_cost(n_params, reference_tokens, proxy_tokens, large_params, large_to
 
 def read_alpha(run, config):
     """alpha_1..alpha_T of a finished proxy run: (T, K) float64.  Raises UserError if the history is not whole."""
-    files = {int(re.sub(r"\D", "", file.name)): file for file in run.glob("doremi_domain_weights_*.pt")}
-    found, steps, k = max(files, default=0), config["flags"]["max_steps"], len(config["domains"])
-    if found < steps:
-        raise UserError(f"{run}: the run is unfinished, with weights for {found} of {steps} steps; finish it with: "
+    steps, k = config["flags"]["max_steps"], len(config["domains"])
+    path = run / f"doremi_domain_weights_{steps}.pt"
+    if not path.exists():
+        raise UserError(f"{run}: the run is unfinished, {path.name} is missing; finish it with: "
                         f"python train_doremi.py @{run}/flags.txt --resume")
     try:
-        history = torch.load(files[found], map_location="cpu", weights_only=True)
+        history = torch.load(path, map_location="cpu", weights_only=True)
         alpha = torch.stack([entry["domain_weights"].double() for entry in history]).numpy()
         whole = [entry["step"] for entry in history] == list(range(1, steps + 1)) and alpha.shape[1:] == (k,)
     except Exception as error:  # a damaged file can make torch.load raise anything
-        raise UserError(f"{files[found]}: not readable ({type(error).__name__}); train the proxy again") from None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}); train the proxy again") from None
     if not (whole and (alpha >= 0).all() and (np.abs(alpha.sum(axis=1) - 1) <= 1e-6).all()):  # NaN fails too
-        raise UserError(f"{files[found]}: not a whole history; expected steps 1 to {steps}, each once, with {k} weights "
+        raise UserError(f"{path}: not a whole history; expected steps 1 to {steps} in order, each with {k} weights "
                         ">= 0 that sum to 1; train the proxy again")
     return alpha
 
@@ -90,10 +88,10 @@ def read_seeds(runs):
         if config["stage"] != "proxy":
             raise UserError(f"{run}: a {config['stage']} run; expected a proxy run of train_doremi.py")
         first, other = runtime.identity(configs[0]), runtime.identity(config)
-        for name in sorted((first.keys() | other.keys()) - SEED):
+        for name in sorted((first.keys() | other.keys()) - {"seed", "reference.seed", "reference.fingerprint"}):
             if first.get(name) != other.get(name):
-                raise UserError(f"{run}: {name} is {shown(other.get(name))}, but {shown(first.get(name))} in {runs[0]}; "
-                                "average only runs that differ in the seed alone")
+                raise UserError(f"{run}: {name} is {shown(other.get(name))}, but {shown(first.get(name))} in "
+                                f"{runs[0]}; average only runs that differ in the seed alone")
     if len({(config["flags"]["seed"], config["reference"]["fingerprint"]) for config in configs}) < len(runs):
         raise UserError("two of the runs have the same seed and the same reference; give each seed once")
     return configs, np.stack([read_alpha(run, config) for run, config in zip(runs, configs)])
@@ -112,13 +110,11 @@ def finding(domains, reference, answer):
     return f"DoReMi raises {up} and lowers {down}"
 
 
-def table(domains, columns):
-    """Lines of a table with a row per domain.  columns: {heading: (format, (K,) values)}."""
-    width = max(map(len, domains))
-    lines = [" " * width + "".join(f"  {heading:>10}" for heading in columns)]
-    for i, name in enumerate(domains):
-        lines.append(f"{name:{width}}" + "".join(f"  {values[i]:>10{form}}" for form, values in columns.values()))
-    return lines
+def align(columns):
+    """Lines of a table from columns of strings, the first flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in columns]
+    return [f"{row[0]:{widths[0]}}   " + "   ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
+            for row in zip(*columns)]
 
 
 def weight_axis(axis, low, high):
@@ -196,14 +192,13 @@ def main(argv=None):
     answer, share, seeds = answers.mean(axis=0), tokens / tokens.sum(), [c["flags"]["seed"] for c in configs]
     move = np.abs(answer - reference)
 
-    columns = {"tokens": (".4f", share), "reference": (".4f", reference), "answer": (".4f", answer)}
-    if S > 1:
-        columns["sd (seeds)"] = (".4f", answers.std(axis=0, ddof=1))
-    columns["ratio"] = (".2f", answer / np.where(reference > 0, reference, np.nan))
-    columns["last alpha"] = (".4f", alphas[:, -1].mean(axis=0))
-    if args.large_tokens:
-        columns["epochs"] = (".1f", answer * args.large_tokens / tokens)
-    tv = "total variation (0 to 1)"
+    columns = [("tokens", ".4f", share), ("reference", ".4f", reference), ("answer", ".4f", answer)]
+    columns += [("sd (seeds)", ".4f", answers.std(axis=0, ddof=1))] if S > 1 else []
+    columns += [("ratio", ".2f", answer / np.where(reference > 0, reference, np.nan)),
+                ("last alpha", ".4f", alphas[:, -1].mean(axis=0))]
+    columns += [("epochs", ".1f", answer * args.large_tokens / tokens)] if args.large_tokens else []
+    table = align([["", *domains], *([name, *(f"{x:{form}}" for x in values)] for name, form, values in columns)])
+    tv = "total variation"
     numbers = [
         ("largest move", f"{move.max():.4f} from the reference's weight ({domains[move.argmax()]})"),
         ("between seeds", f"{between_seeds(answers):.3f} {tv}, mean over pairs" if S > 1 else "one seed only"),
@@ -217,9 +212,9 @@ def main(argv=None):
         cost = search_cost(config["n_params"], references * origin["max_steps"] * origin["batch_size"] * block_size,
                            S * T * flags["batch_size"] * block_size, args.large_params, args.large_tokens)
         numbers.append(("cost", f"{100 * cost:.3g}% of the large run's FLOPs"))
-    setting = (f"proxy of {config['n_params']:,} parameters, {T:,} steps of {flags['batch_size']} x {block_size} tokens, "
-               f"tokenizer {config['data']['tokenizer']}, seed{'s' * (S > 1)} {', '.join(map(str, seeds))}")
-    print("\n".join([setting, "", *table(domains, columns), "", *(f"{name:19}{text}" for name, text in numbers), ""]))
+    setting = (f"proxy of {config['n_params']:,} parameters, {T:,} steps of {flags['batch_size']} x {block_size} "
+               f"tokens, tokenizer {config['data']['tokenizer']}, seed{'s' * (S > 1)} {', '.join(map(str, seeds))}")
+    print("\n".join([setting, "", *table, "", *(f"{name:19}{text}" for name, text in numbers), ""]))
 
     provenance = {
         **{name: config["data"][name] for name in ("tokenizer", "tokenizer_sha256", "data_dir")},

@@ -5,7 +5,7 @@ writes  OUT_DIR/compare.png
 next    python evaluate.py RUN RUN --data_dir=DATA
 
 Runs that differ in the seed alone form one group, shown as mean and standard deviation. Its name is its first
-directory's without the seed: large-doremi-s1, large-doremi-seed1 and large-doremi-1 give large-doremi.
+directory's without the seed: large-doremi-s1 and large-doremi-seed1 give large-doremi.
 
 Dimensions: S seeds of a group, N evaluations, K domains, M = K + 3 losses: the domains' and their SUMMARIES.
 """
@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 
 import cli
 import runtime
-from average_weights import GREY, add_titles, weight_axis
+from average_weights import GREY, add_titles, align, weight_axis
 from cli import UserError, shown
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the M losses
-BASELINE = (GREY, "o", "-")  # colour, marker and dash, so runs can be told apart in grey
-STYLES = (("#440154", "s", "--"), ("#d95f02", "^", "-."), ("#21918c", "D", ":"), ("#5b9bd5", "v", "--"),
-          ("#b8a200", "P", "-."), ("#a50f15", "X", ":"))
+STYLES = (  # colour, marker and dash: runs can be told apart in grey, too. The baseline's is the first
+    (GREY, "o", "-"), ("#440154", "s", "--"), ("#d95f02", "^", "-."), ("#21918c", "D", ":"), ("#5b9bd5", "v", "--"),
+    ("#b8a200", "P", "-."), ("#a50f15", "X", ":"))
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Group:
 # ---- the mathematics ----
 
 def with_summaries(loss, share):
-    """Append the mean, the mean weighted by the domains' shares of the tokens, and the largest: (..., K) -> (..., M)."""
+    """Append the mean, the mean weighted by the share of the tokens, and the largest: (..., K) -> (..., M)."""
     return np.concatenate([loss, np.stack([loss.mean(axis=-1), loss @ share, loss.max(axis=-1)], axis=-1)], axis=-1)
 
 
@@ -63,11 +63,6 @@ def change(group, baseline):
     if group.seeds == baseline.seeds:
         return (after - before).mean(axis=0), deviation(after - before)
     return after.mean(axis=0) - before.mean(axis=0), np.hypot(deviation(after), deviation(before))
-
-
-def better(change):
-    """In how many domains the mean loss is lower than the baseline's.  change: (M,)."""
-    return int((change[:MEAN] < 0).sum())
 
 
 def passing(group, target, column):
@@ -121,12 +116,12 @@ def read_groups(runs):
     if len(members) < 2:
         raise UserError(f"{runs[0]}: only one experiment is given; give a baseline and at least one other run")
     share = np.array([first["data"]["train_tokens"][name] for name in domains], dtype=np.float64)
-    stems = [re.sub(r"-(s|seed)?\d+$", "", group[0][1].resolve().name) for group in members.values()]
+    stems = [re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name) for group in members.values()]
     groups = []
     for stem, group in zip(stems, members.values()):
         seeds, paths, (config, *_) = zip(*sorted(group, key=lambda member: member[0]))
         if len(set(seeds)) < len(seeds):
-            raise UserError(f"{', '.join(map(str, paths))}: one experiment with a seed given twice; give each seed once")
+            raise UserError(f"{', '.join(map(str, paths))}: the same experiment and seed twice; give each seed once")
         found = [read_evaluations(run, config, domains) for run in paths]
         step = sorted(set.intersection(*map(set, found)))
         loss = np.stack([[evaluations[t][1] for t in step] for evaluations in found])  # (S, N, K)
@@ -145,26 +140,25 @@ def pace(group, baseline):
 
 def finding(group, baseline):
     mean, sd = change(group, baseline)
-    return (f"{group.name} against {baseline.name}: better in {better(mean)} of {len(group.weights)} domains, mean "
-            f"{mean[MEAN]:+.3f}{f' ± {sd[MEAN]:.3f}' * (len(group.seeds) > 1)} nats, token-weighted "
-            f"{mean[WEIGHTED]:+.3f}, speed-up {pace(group, baseline)}")
+    spread = f" ± {sd[MEAN]:.3f}" if len(group.seeds) > 1 else ""
+    return (f"{group.name} against {baseline.name}: better in {(mean[:MEAN] < 0).sum()} of {len(group.weights)} "
+            f"domains, mean {mean[MEAN]:+.3f}{spread} nats, token-weighted {mean[WEIGHTED]:+.3f}, "
+            f"speed-up {pace(group, baseline)}")
 
 
 def table(groups):
     """Lines: the baseline's last losses, then each other group's change, with * where the loss is lower."""
-    baseline, K, spread = groups[0], len(groups[0].weights), any(len(group.seeds) > 1 for group in groups)
-    columns = [["", "", *baseline.config["domains"], *SUMMARIES, "domains better", "speed-up in tokens"]]
-    for group in groups:
+    baseline, several = groups[0], any(len(group.seeds) > 1 for group in groups)
+    domains, last = baseline.config["domains"], baseline.loss[:, -1]  # (S, M)
+    columns = [["", "", *domains, *SUMMARIES, "domains better", "speed-up in tokens"],
+               [baseline.name, "loss" + " ±     sd" * several,
+                *(f"{m:.4f}" + f" ±{s:.4f}" * several for m, s in zip(last.mean(axis=0), deviation(last))), "", ""]]
+    for group in groups[1:]:
         mean, sd = change(group, baseline)
-        kind, ends, form = "change", [f"{better(mean)} of {K}", pace(group, baseline)], "+.4f"
-        if group is baseline:
-            kind, ends, form = "loss", ["", ""], ".4f"
-            mean, sd = group.loss[:, -1].mean(axis=0), deviation(group.loss[:, -1])
-        cells = [f"{m:{form}}{'*' if m < 0 else ' '}{f'±{s:.4f}' * spread}" for m, s in zip(mean, sd)]
-        columns.append([group.name, kind + " ±     sd" * spread, *cells, *ends])
-    widths = [max(map(len, column)) for column in columns]
-    return [f"{name:{widths[0]}}" + "".join(f"   {cell:>{width}}" for cell, width in zip(cells, widths[1:]))
-            for name, *cells in zip(*columns)]
+        columns.append([group.name, "change " + " ±     sd" * several,
+                        *(f"{m:+.4f}{'*' if m < 0 else ' '}" + f" ±{s:.4f}" * several for m, s in zip(mean, sd)),
+                        f"{(mean[:MEAN] < 0).sum()} of {len(domains)}", pace(group, baseline)])
+    return align(columns)
 
 
 def draw_curves(axes, groups, styles, column):
@@ -190,7 +184,8 @@ def draw_curves(axes, groups, styles, column):
 def draw(groups):
     """Sampling weights, change of loss per domain, and the mean and the worst domain's loss over the steps."""
     baseline, *others = groups
-    K, n, styles = len(baseline.weights), len(others), [BASELINE, *itertools.islice(itertools.cycle(STYLES), len(others))]
+    K, n = len(baseline.weights), len(others)
+    styles = [STYLES[0], *itertools.islice(itertools.cycle(STYLES[1:]), n)]
     order = np.argsort(change(others[-1], baseline)[0][:K], kind="stable")  # the last group's best domain on top
     figure = Figure(figsize=(15, max(5.0, K * max(0.24, 0.1 * n) + 1.5)), layout="constrained")
     axes = figure.subplot_mosaic([["weight", "change", "mean"], ["weight", "change", "worst"]],
@@ -212,6 +207,7 @@ def draw(groups):
     axes["change"].set(ylim=(K - 0.5, -0.5), xlabel="change of held-out loss (nats per token)")
     axes["weight"].set_yticks(rows, [baseline.config["domains"][i] for i in order], fontsize=9)
     axes["change"].set_yticks(rows, [""] * K)
+    axes["change"].tick_params(axis="y", length=0)
     axes["change"].set_title(f"left of 0: better than {baseline.name}", fontsize=10)
     draw_curves(axes["mean"], groups, styles, MEAN)
     draw_curves(axes["worst"], groups, styles, WORST)
@@ -233,16 +229,16 @@ def main(argv=None):
                      *table(groups), ""]))
     for group in others:
         for what, value, expected in (("parameters", group.config["n_params"], baseline.config["n_params"]),
-                                      ("tokens", group.tokens[-1], baseline.tokens[-1]),
-                                      ("seeds", len(group.seeds), len(baseline.seeds))):
+                                      ("tokens", group.tokens[-1], baseline.tokens[-1])):
             if value != expected:
                 print(f"note: {group.name} has {value:,} {what}, {baseline.name} has {expected:,}")
         if group.seeds != baseline.seeds:
-            print(f"note: {group.name} and {baseline.name} have other seeds, so their losses are not paired")
+            print(f"note: {group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
         print(finding(group, baseline))
     figure, config = draw(groups), baseline.config
-    add_titles(figure, finding(others[-1], baseline), f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} "
-               f"steps, tokenizer {config['data']['tokenizer']}, seeds {', '.join(map(str, baseline.seeds))}"
+    add_titles(figure, finding(others[-1], baseline),
+               f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
+               f"{config['data']['tokenizer']}, seeds {', '.join(map(str, baseline.seeds))}"
                + "; bars and bands: standard deviation over the seeds" * (len(baseline.seeds) > 1))
     out_dir = args.out_dir or args.runs[-1]
     out_dir.mkdir(parents=True, exist_ok=True)
