@@ -187,7 +187,7 @@ def draw(groups):
     K, n = len(baseline.weights), len(others)
     styles = [STYLES[0], *itertools.islice(itertools.cycle(STYLES[1:]), n)]
     order = np.argsort(change(others[-1], baseline)[0][:K], kind="stable")  # the last group's best domain on top
-    figure = Figure(figsize=(15, max(5.0, K * max(0.24, 0.1 * n) + 1.5)), layout="constrained")
+    figure = Figure(figsize=(15, max(5.0, K * max(0.24, 0.07 * n) + 1.5)), layout="constrained")
     axes = figure.subplot_mosaic([["weight", "change", "mean"], ["weight", "change", "worst"]],
                                  width_ratios=(1, 1.2, 1.4))
     for panel in axes.values():
@@ -238,7 +238,7 @@ def main(argv=None):
     figure, config = draw(groups), baseline.config
     add_titles(figure, finding(others[-1], baseline),
                f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
-               f"{config['data']['tokenizer']}, seeds {', '.join(map(str, baseline.seeds))}"
+               f"{config['data']['tokenizer']}, seed {', '.join(map(str, baseline.seeds))}"
                + "; bars and bands: standard deviation over the seeds" * (len(baseline.seeds) > 1))
     out_dir = args.out_dir or args.runs[-1]
     out_dir.mkdir(parents=True, exist_ok=True)
