@@ -75,8 +75,8 @@ def from_ranks(ranks, pattern, eot):
               for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     vocabulary = {name[token]: rank for token, rank in ranks.items()} | {EOT: eot}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
-    # In Oniguruma, {1,3}+ repeats {1,3} where tiktoken's engine means "do not backtrack", and $ matches at line ends.
-    words = tokenizers.Regex(pattern.replace("{1,3}+", "{1,3}").replace("$", r"\z"))
+    # In Oniguruma, {1,3}+ repeats {1,3}; to tiktoken it is {1,3} without backtracking, which makes no difference here
+    words = tokenizers.Regex(pattern.replace("{1,3}+", "{1,3}"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
         tokenizers.pre_tokenizers.Split(words, "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
