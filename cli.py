@@ -106,14 +106,17 @@ MACHINE_FLAGS = ("resume", "device", "compile", "micro_batch_size", "activation_
 PATH_FLAGS = ("out_dir", "data_dir", "sampling_weights", "reference")
 
 
-def add_machine_flags(parser, out_dir):
-    """Flags that do not change what is computed (up to the order of floating-point sums), except --dtype."""
+def add_machine_flags(parser, out_dir, inherited=False):
+    """Flags that do not change what is computed (up to the order of floating-point sums), except --dtype.
+
+    inherited: --dtype defaults to what the reference's run used."""
     add = parser.add_argument_group("machine").add_argument
     add("--out_dir", default=out_dir, help="the run's directory (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     add("--device", default="auto", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
     add("--dtype", choices=["auto", "bfloat16", "float32", "float64"], default="auto",
-        help="of the computation (default: bfloat16 if the hardware multiplies it, else float32)")
+        help="of the computation (default: " + ("the reference's)" if inherited else
+                                                "bfloat16 if the hardware multiplies it, else float32)"))
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: if the run is long)")
     add("--micro_batch_size", type=positive, help="sequences per forward pass and rank (default: all of the rank's)")
     add("--activation_checkpointing", action=argparse.BooleanOptionalAction, default=False,

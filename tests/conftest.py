@@ -1,13 +1,19 @@
 """What several tests share: a small data set with known structure, and running a script as a person would."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -65,7 +71,7 @@ def data_dir(tmp_path_factory):
 
 
 def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
-    """Runs a script of the project as a subprocess with one thread per rank. Returns the CompletedProcess."""
+    """Run a script of the project as a subprocess with one thread per rank.  Return the CompletedProcess."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -73,6 +79,33 @@ def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
                             timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def run_here(script, *flags, status=0):
+    """Run a script in this process, as `python script flags` would: a run costs its steps, not seconds of imports.
+
+    Return its returncode, which must be `status`, stdout and stderr.
+    """
+    import runtime
+
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, torch.get_num_threads(), runtime.matmul_peak
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv, runtime.matmul_peak = [str(script), *map(str, flags)], lambda *_: 1e12  # a second's measurement
+    torch.set_num_threads(1)
+    found = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as error:
+        found = error.code or 0
+    finally:
+        sys.argv, _, runtime.matmul_peak = before
+        torch.set_num_threads(before[1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert found == status, err.getvalue()
+    return SimpleNamespace(returncode=found, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def read_metrics(run_dir):
