@@ -1,321 +1,249 @@
 """Stage 5 of DoReMi, the profit: the held-out losses of two or more runs side by side.
 
-reads   RUN/{config.json, metrics.jsonl} of each run; the first, or --baseline, is what the others are compared with
-writes  compare.png in the last run's directory, or --out
-next    another round (train_reference.py --domain_weights=PROXY/weights.json), or the large run of your own data
+reads   RUN/{config.json, metrics.jsonl} of finished runs on the same data; the first is the baseline
+writes  OUT_DIR/compare.png
+next    python evaluate.py RUN RUN --data_dir=DATA
+
+Runs that differ in the seed alone form one group, shown as mean and standard deviation. Its name is its first
+directory's without the seed: large-doremi-s1 and large-doremi-seed1 give large-doremi.
+
+Dimensions: S seeds of a group, N evaluations, K domains, M = K + 3 losses: the domains' and their SUMMARIES.
 """
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 import cli
-from checkpoint import write_atomically
-from cli import ArgumentParser, UserError, shown
-from report import GREY, add_titles, in_order, make_directory, read_config, read_text, text_width, weight_axis
+import runtime
+from average_weights import GREY, add_titles, align, weight_axis
+from cli import UserError, shown
 
-# Colour, marker and dash, so that runs are told apart in grey too; the last run gets the first. The baseline is grey.
-STYLES = (
-    ("#440154", "o", "-"), ("#d95f02", "s", "--"), ("#21918c", "^", "-."), ("#5b9bd5", "D", "-"), ("#b8a200", "v", ":"))
+SUMMARIES = ("mean", "token-weighted mean", "worst domain")
+MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the M losses
+STYLES = (  # colour, marker and dash: runs can be told apart in grey, too. The baseline's is the first
+    (GREY, "o", "-"), ("#440154", "s", "--"), ("#d95f02", "^", "-."), ("#21918c", "D", ":"), ("#5b9bd5", "v", "--"),
+    ("#b8a200", "P", "-."), ("#a50f15", "X", ":"))
 
 
 @dataclass
-class Evaluations:
-    """The evaluations of a run, N of them, in the order of steps; domains in the order of its config.
-
-    step, tokens (N,); loss (N, K) nats per token; bpb (N, K) bits per byte; mean, worst (N,) of the domains, in nats.
-    """
-
+class Group:
     name: str
-    config: dict
-    weights: np.ndarray  # (K,) what the training batches were drawn from
-    step: np.ndarray
-    tokens: np.ndarray
-    loss: np.ndarray
-    bpb: np.ndarray
-    mean: np.ndarray
-    worst: np.ndarray
+    config: dict  # of its first seed
+    seeds: list  # sorted
+    weights: np.ndarray  # (K,) sampling weights
+    step: np.ndarray  # (N,)
+    tokens: np.ndarray  # (N,)
+    loss: np.ndarray  # (S, N, M) nats per token
 
 
-# ---- reading
+# ---- the mathematics ----
+
+def with_summaries(loss, share):
+    """Append the mean, the mean weighted by the share of the tokens, and the largest: (..., K) -> (..., M)."""
+    return np.concatenate([loss, np.stack([loss.mean(axis=-1), loss @ share, loss.max(axis=-1)], axis=-1)], axis=-1)
 
 
-def read_evaluations(run, name, domains):
-    """Returns the Evaluations of a run directory. Raises UserError, with file and line, where metrics.jsonl is off."""
-    config, path = read_config(run), run / "metrics.jsonl"
-    found = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        where = f"{path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: invalid JSON: {error.msg}; a killed run is mended by --resume.") from None
-        if not isinstance(entry, dict) or "step" not in entry:
-            raise UserError(f"{where}: not an object with a 'step'; this is no metrics file of a train_*.py.")
-        if "val_loss" not in entry:
-            continue  # a training line
-        if absent := {"tokens", "val_bpb", "val_loss_mean", "val_loss_worst"} - set(entry):
-            raise UserError(f"{where}: the evaluation has no {', '.join(sorted(absent))}; evaluate the run again.")
-        loss, bpb = (in_order(entry[key], domains, f"{where}, {key}") for key in ("val_loss", "val_bpb"))
-        ends = in_order({key: entry[key] for key in ("tokens", "val_loss_mean", "val_loss_worst")},
-                        ("tokens", "val_loss_mean", "val_loss_worst"), where)
-        found[entry["step"]] = (entry["step"], ends[0], loss, bpb, ends[1], ends[2])
-    if not found:
-        raise UserError(f"{path}: holds no evaluation yet; let the run reach its first --eval_interval.")
-    columns = (np.array(column) for column in zip(*(found[step] for step in sorted(found))))
-    weights = in_order(config["sampling_weights"], domains, f"{run / 'config.json'}, sampling_weights")
-    return Evaluations(name, config, weights, *columns)
+def deviation(loss):
+    """Standard deviation over the seeds: (S, ...) -> (...); 0 for a single seed."""
+    return loss.std(axis=0, ddof=1) if len(loss) > 1 else np.zeros(loss.shape[1:])
 
 
-def read_comparable(runs):
-    """Evaluations of the runs, the baseline first. Raises UserError where a difference of loss would mean nothing."""
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise UserError("the same run is given twice; give each directory once.")
-    names = [run.resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run) for run in runs]
-    configs = [read_config(run) for run in runs]
-    domains = configs[0]["domains"]
-    for run, config in zip(runs[1:], configs[1:]):
-        for what, value, expected in (
-            ("domains", sorted(config["domains"]), sorted(domains)),
-            *((what, config["data"][what], configs[0]["data"][what])
-              for what in ("tokenizer_sha256", "vocab_size", "train_tokens")),
-            ("block_size", config["model"]["block_size"], configs[0]["model"]["block_size"]),
-            ("eval_windows", config["flags"]["eval_windows"], configs[0]["flags"]["eval_windows"]),
-        ):
-            if value != expected:
-                raise UserError(f"{run}: {what} is {shown(value)}, but {shown(expected)} in {runs[0]}; losses are "
-                                "compared on the same held-out tokens alone. Train one of the two again to match.")
-    return [read_evaluations(run, name, domains) for run, name in zip(runs, names)]
+def change(group, baseline):
+    """Mean and standard deviation over the seeds of the change of the last losses: (M,), (M,).
+
+    The same seeds are paired. Otherwise the deviation is that of the difference of two independent runs.
+    """
+    after, before = group.loss[:, -1], baseline.loss[:, -1]  # (S, M)
+    if group.seeds == baseline.seeds:
+        return (after - before).mean(axis=0), deviation(after - before)
+    return after.mean(axis=0) - before.mean(axis=0), np.hypot(deviation(after), deviation(before))
 
 
-def remarks(runs):
-    """Differences that leave the losses comparable, but not like for like: a line each."""
-    baseline, lines = runs[0], []
-    for run in runs[1:]:
-        differences = [
-            f"{what} {value:,} against {expected:,}"
-            for what, value, expected in (
-                ("parameters", run.config["n_params"], baseline.config["n_params"]),
-                ("steps planned", run.config["flags"]["max_steps"], baseline.config["flags"]["max_steps"]),
-                ("tokens at the last evaluation", int(run.tokens[-1]), int(baseline.tokens[-1])),
-            )
-            if value != expected
-        ]
-        if differences:
-            lines.append(f"note: {run.name} is not like {baseline.name}: {', '.join(differences)}")
-    for run in runs:
-        if run.step[-1] < run.config["flags"]["max_steps"]:
-            planned = run.config["flags"]["max_steps"]
-            lines.append(f"note: {run.name} is evaluated up to step {run.step[-1]} of {planned}")
-    if (early := passing(baseline.mean, baseline.mean[-1])) < len(baseline.mean) - 1:
-        lines.append(f"note: {baseline.name} reached its last mean loss at step {baseline.step[early]} already, so the "
-                     "factors below flatter the others: it was trained past its best")
-    return lines
-
-
-# ---- the comparison
-
-
-def passing(mean, target):
-    """Index of the first evaluation whose mean (N,) is at or below target, or None if there is none."""
-    reached = np.flatnonzero(mean <= target)
+def passing(group, target, column):
+    """Index of the first evaluation at which the seeds' mean is at or below target; None if there is none."""
+    reached = np.flatnonzero(group.loss[..., column].mean(axis=0) <= target)
     return int(reached[0]) if len(reached) else None
 
 
-def speed_up(run, baseline):
-    """How many times fewer tokens a run needs for the baseline's last mean loss, and the index of the evaluation there.
-
-    Tokens, not steps, so that it holds for runs of different batches; with equal batches the two are the same.
-    Returns (factor, index), or (None, None) where the run does not get there.
-    """
-    index = passing(run.mean, baseline.mean[-1])
-    return (None, None) if index is None else (float(baseline.tokens[-1] / run.tokens[index]), index)
+def speed_up(group, baseline):
+    """Tokens that the baseline takes to its last mean loss, over those that the group takes; None if it does not."""
+    target = baseline.loss[..., MEAN].mean(axis=0)[-1]
+    there, index = passing(baseline, target, MEAN), passing(group, target, MEAN)
+    return None if index is None else float(baseline.tokens[there] / group.tokens[index])
 
 
-def better(run, baseline):
-    """In how many domains the last held-out loss is lower than the baseline's; equal is not better."""
-    return int((run.loss[-1] < baseline.loss[-1]).sum())
+# ---- reading the runs ----
+
+def held_out(config):
+    """What decides which tokens are held out."""
+    return {"domains": sorted(config["domains"]), "block_size": config["model"]["block_size"],
+            "eval_windows": config["flags"]["eval_windows"],
+            **{name: config["data"][name] for name in ("tokenizer_sha256", "vocab_size", "train_tokens")}}
 
 
-def finding(run, baseline):
-    """The title of the picture."""
-    factor, _ = speed_up(run, baseline)
-    pace = "its last loss never reached" if factor is None else f"its last loss with {factor:.3g}x fewer tokens"
-    return (f"{run.name} better than {baseline.name} in {better(run, baseline)} of {len(run.weights)} domains, "
-            f"mean {run.mean[-1] - baseline.mean[-1]:+.3f} nats, {pace}")
+def read_evaluations(run, config, domains):
+    """{step: (tokens, losses (K,))} of a finished run.  Raises UserError."""
+    path, steps, found = run / "metrics.jsonl", config["flags"]["max_steps"], {}
+    try:
+        for line in path.read_text().splitlines():
+            if "val_loss" in (entry := json.loads(line)):
+                found[entry["step"]] = entry["tokens"], np.array([entry["val_loss"][name] for name in domains])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected the metrics of a finished run") from None
+    if steps not in found:
+        raise UserError(f"{run}: the run is unfinished, evaluated up to step {max(found, default=0)} of {steps}; "
+                        "continue it with --resume")
+    return found
 
 
-def summary(run, baseline):
-    """The end of what is printed: three lines on a run."""
-    domains, factor, index = baseline.config["domains"], *speed_up(run, baseline)
-    pace = f"not reached in {run.step[-1]} steps; the nearest is {run.mean.min():.4f}"
-    if index is not None:
-        pace = f"reached at step {run.step[index]} of {run.step[-1]}: {factor:.3g}x fewer tokens"
-    worst, its_worst = (f"{r.worst[-1]:.4f} ({domains[int(r.loss[-1].argmax())]})" for r in (run, baseline))
-    return [
-        f"{run.name} against {baseline.name}: better in {better(run, baseline)} of {len(domains)} domains, "
-        f"mean {run.mean[-1] - baseline.mean[-1]:+.4f} nats per token",
-        f"  worst domain {worst} against {its_worst}",
-        f"  {baseline.name}'s last mean loss, {baseline.mean[-1]:.4f}: {pace}",
-    ]
+def read_groups(runs):
+    """The runs as groups of seeds, the baseline's first.  Raises UserError unless all have the same held-out tokens."""
+    configs, members = [runtime.read_config(run) for run in runs], {}
+    first, domains = configs[0], configs[0]["domains"]
+    for run, config in zip(runs, configs):
+        for name, value in held_out(config).items():
+            if value != held_out(first)[name]:
+                raise UserError(f"{run}: {name} is {shown(value)}, but {shown(held_out(first)[name])} in {runs[0]}; "
+                                "losses can only be compared on the same held-out tokens")
+        experiment = {name: value for name, value in runtime.identity(config).items() if name != "seed"}
+        members.setdefault(json.dumps(experiment, sort_keys=True), []).append((config["flags"]["seed"], run, config))
+    if len(members) < 2:
+        raise UserError(f"{runs[0]}: only one experiment is given; give a baseline and at least one other run")
+    share = np.array([first["data"]["train_tokens"][name] for name in domains], dtype=np.float64)
+    stems = [re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name) for group in members.values()]
+    groups = []
+    for stem, group in zip(stems, members.values()):
+        seeds, paths, (config, *_) = zip(*sorted(group, key=lambda member: member[0]))
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{', '.join(map(str, paths))}: the same experiment and seed twice; give each seed once")
+        found = [read_evaluations(run, config, domains) for run in paths]
+        step = sorted(set.intersection(*map(set, found)))
+        loss = np.stack([[evaluations[t][1] for t in step] for evaluations in found])  # (S, N, K)
+        groups.append(Group(stem if stems.count(stem) == 1 else str(group[0][1]), config, list(seeds),
+                            np.array([config["sampling_weights"][name] for name in domains]), np.array(step),
+                            np.array([found[0][t][0] for t in step]), with_summaries(loss, share / share.sum())))
+    return groups
 
 
-def table(runs):
-    """Lines: each domain's last held-out loss under each run, the difference to the baseline, * where it is better."""
-    baseline, domains = runs[0], runs[0].config["domains"]
-    width = max(map(len, [*domains, "worst"]))
-    columns = [max(23 if run is baseline else 32, len(run.name)) for run in runs]
-    heads = ["weight    nats     bpb"] + ["weight    nats    change     bpb"] * (len(runs) - 1)
-    lines = [" " * width + "".join(f"   {run.name:>{column}}" for run, column in zip(runs, columns)),
-             " " * width + "".join(f"   {head:>{column}}" for head, column in zip(heads, columns))]
+# ---- what it prints and draws ----
 
-    def row(label, cells):
-        for (weight, nats, bpb), column, run in zip(cells, columns, runs):
-            change = "" if run is baseline else f"  {nats - cells[0][1]:+.4f}{'*' if nats < cells[0][1] else ' '}"
-            label += f"   {f'{weight} {nats:7.4f}{change} {bpb:7.4f}':>{column}}"
-        lines.append(label)
-
-    for i, name in enumerate(domains):
-        row(f"{name:{width}}", [(f"{run.weights[i]:.4f}", run.loss[-1, i], run.bpb[-1, i]) for run in runs])
-    row(f"{'mean':{width}}", [(" " * 6, run.mean[-1], run.bpb[-1].mean()) for run in runs])
-    row(f"{'worst':{width}}", [(" " * 6, run.worst[-1], run.bpb[-1].max()) for run in runs])
-    return lines
+def pace(group, baseline):
+    factor = speed_up(group, baseline)
+    return "not reached" if factor is None else f"{factor:.2f}x"
 
 
-# ---- the picture
+def finding(group, baseline):
+    mean, sd = change(group, baseline)
+    spread = f" ± {sd[MEAN]:.3f}" if len(group.seeds) > 1 else ""
+    return (f"{group.name} against {baseline.name}: better in {(mean[:MEAN] < 0).sum()} of {len(group.weights)} "
+            f"domains, mean {mean[MEAN]:+.3f}{spread} nats, token-weighted {mean[WEIGHTED]:+.3f}, "
+            f"speed-up {pace(group, baseline)}")
 
 
-def draw_curves(axes, runs, styles, key):
-    """Evaluations over steps of `key`, "mean" or "worst", and the step at which each run passes the baseline's last."""
-    curves = [getattr(run, key) for run in runs]
-    target = curves[0][-1]
-    # From a quarter of the training on: the first losses are so high that the rest would be a flat line.
-    top = max(curve[np.searchsorted(run.step, run.step[-1] / 4)] for run, curve in zip(runs, curves))
-    bottom = min(curve.min() for curve in curves)
-    margin = max(top - bottom, 1e-3) * 0.08
-    axes.set(xlim=(0, max(run.step[-1] for run in runs)), ylim=(bottom - margin, top + margin))
+def table(groups):
+    """Lines: the baseline's last losses, then each other group's change, with * where the loss is lower."""
+    baseline, several = groups[0], any(len(group.seeds) > 1 for group in groups)
+    domains, last = baseline.config["domains"], baseline.loss[:, -1]  # (S, M)
+    columns = [["", "", *domains, *SUMMARIES, "domains better", "speed-up in tokens"],
+               [baseline.name, "loss" + " ±     sd" * several,
+                *(f"{m:.4f}" + f" ±{s:.4f}" * several for m, s in zip(last.mean(axis=0), deviation(last))), "", ""]]
+    for group in groups[1:]:
+        mean, sd = change(group, baseline)
+        columns.append([group.name, "change " + " ±     sd" * several,
+                        *(f"{m:+.4f}{'*' if m < 0 else ' '}" + f" ±{s:.4f}" * several for m, s in zip(mean, sd)),
+                        f"{(mean[:MEAN] < 0).sum()} of {len(domains)}", pace(group, baseline)])
+    return align(columns)
+
+
+def draw_curves(axes, groups, styles, column):
+    """One of the SUMMARIES over the steps, and the step at which each group passes the baseline's last value."""
+    means = [group.loss[..., column].mean(axis=0) for group in groups]  # (N,) each
+    top = max(mean[np.searchsorted(group.step, group.step[-1] / 4)] for group, mean in zip(groups, means))
+    low, target = min(map(np.min, means)), means[0][-1]
+    bottom = low - 0.15 * max(top - low, 1e-3)  # room for the steps' numbers; the steep start is above the top
     axes.axhline(target, color=GREY, linewidth=0.8, linestyle=":")
-    axes.spines[["top", "right"]].set_visible(False)
-    passed = set()
-    for run, curve, (colour, marker, dash) in zip(runs, curves, styles):
-        axes.plot(run.step, curve, dash, color=colour, linewidth=1.8)
-        if run is not runs[0] and (index := passing(curve, target)) is not None:
-            step = int(run.step[index])
-            axes.plot(step, curve[index], marker, color=colour, markersize=8, markeredgecolor="white")
-            axes.vlines(step, bottom - margin, curve[index], color=colour, linewidth=0.8, linestyle=dash)
-            passed.add(step)
-    for step in sorted(passed):
-        axes.annotate(f"{step}", (step, bottom - margin), (-2, 3), textcoords="offset points", ha="right", fontsize=8)
-    heights = (np.array([curve[-1] for curve in curves]) - (bottom - margin)) / (top - bottom + 2 * margin)
-    for run, height, (colour, *_) in zip(runs, spread(heights, 0.1), styles):
-        axes.text(1.03, height, run.name, color=colour, transform=axes.transAxes, va="center", fontsize=9)
+    for group, mean, (colour, marker, dash) in zip(groups, means, styles):
+        sd = deviation(group.loss[..., column])
+        axes.fill_between(group.step, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(group.step, mean, dash, color=colour, marker=marker, markevery=[-1], label=group.name,
+                  markerfacecolor="white" if group is groups[0] else colour)
+        if group is not groups[0] and (index := passing(group, target, column)) is not None:
+            axes.plot([group.step[index]] * 2, [bottom, mean[index]], dash, color=colour, linewidth=1)
+            axes.annotate(group.step[index], (group.step[index], bottom), (-3, 3), textcoords="offset points",
+                          ha="right", fontsize=8, color=colour)
+    axes.set(xlim=(0, 1.02 * max(group.step[-1] for group in groups)), ylim=(bottom, top), xlabel="step")
+    axes.set_title(f"held-out loss, {SUMMARIES[column]} (nats per token)", fontsize=10)
 
 
-def spread(heights, gap):
-    """Heights moved apart, in their order, until neighbours differ by gap at least: labels that do not overlap."""
-    order = np.argsort(heights, kind="stable")
-    apart = heights[order].astype(float)
-    for _ in range(200):  # each pass pushes every crowded pair apart by half of what it lacks
-        lack = np.maximum(gap - np.diff(apart), 0) / 2
-        apart[:-1] -= lack
-        apart[1:] += lack
-    placed = np.empty_like(apart)
-    placed[order] = apart + max(0.05 - apart[0], 0)  # not below the axis
-    return placed
-
-
-def draw(runs):
-    """Left to right: each domain's weight, its change of held-out loss, the mean and the worst loss over the steps."""
-    baseline, others = runs[0], runs[1:]
-    domains, K = baseline.config["domains"], len(baseline.weights)
-    order = np.argsort(others[-1].loss[-1] - baseline.loss[-1], kind="stable")  # most improved by the last run on top
-    label, tail = text_width(domains, 9) + 0.35, text_width([run.name for run in runs], 9) + 0.25
-    width, height = label + 2.3 + 0.35 + 3.2 + 0.9 + 4.2 + tail, max(4.0, 0.12 * len(others) * K, 0.22 * K + 0.4) + 1.85
-    figure = Figure(figsize=(width, height))
-    bottom, tall = 0.6 / height, 1 - 1.85 / height
-
-    def panel(left, wide, low=0.0, high=1.0):
-        return figure.add_axes([left / width, bottom + low * tall, wide / width, (high - low) * tall])
-
-    weights, change = panel(label, 2.3), panel(label + 2.65, 3.2)
-    rows = np.arange(K)
-    offsets = np.linspace(-0.5, 0.5, len(others)) * min(0.5, 0.06 * K) if len(others) > 1 else [0.0]
-    positive = np.concatenate([run.weights[run.weights > 0] for run in runs])
-    low, high = positive.min() / 1.6, min(1.0, 1.6 * positive.max())
-    weight_axis(weights.xaxis, low, high)
-    styles = [(GREY, "o", ":"), *[style for _, style in zip(others, itertools.cycle(STYLES))][::-1]]
-    before = np.maximum(baseline.weights, low)[order]  # a weight of 0 lies on the edge
-    for run, offset, (colour, marker, _) in zip(others, offsets, styles[1:]):
-        after, difference = np.maximum(run.weights, low)[order], (run.loss[-1] - baseline.loss[-1])[order]
-        weights.hlines(rows + offset, before, after, color=colour, linewidth=1.2)
-        weights.plot(after, rows + offset, marker, color=colour, markersize=5, clip_on=False)
-        change.hlines(rows + offset, 0, difference, color=colour, linewidth=1.2)
-        change.plot(difference, rows + offset, marker, color=colour, markersize=5, label=run.name)
-    weights.plot(before, rows, "o", color=GREY, mfc="white", markersize=5, clip_on=False, label=baseline.name)
-    change.axvline(0, color=GREY, linewidth=1)
-    change.grid(True, axis="x", color="0.9", linewidth=0.6)
-    change.set_axisbelow(True)
-    change.spines[["top", "right", "left"]].set_visible(False)
-    weights.set(ylim=(K - 0.5, -0.5), xlabel="sampling weight")
-    weights.set_yticks(rows, [domains[i] for i in order], fontsize=9)
-    weights.tick_params(axis="y", length=0)
-    weights.spines["left"].set_visible(False)
-    weights.grid(True, axis="y", color="0.94", linewidth=0.6)
-    change.set(ylim=(K - 0.5, -0.5), yticks=[], xlabel="change of held-out loss (nats per token)")
-    change.xaxis.set_major_locator(MaxNLocator(5))
-    change.margins(x=0.08)
-    change.set_title(f"left of 0: better than {baseline.name}", fontsize=9)
-
-    start = label + 2.65 + 3.2 + 0.9
-    for axes, key, title in ((panel(start, 4.2, 0.56, 1.0), "mean", "mean over domains"),
-                             (panel(start, 4.2, 0.0, 0.42), "worst", "worst domain")):
-        draw_curves(axes, runs, styles, key)
-        axes.set_title(f"held-out loss, {title} (nats per token)", fontsize=9)
-    axes.set_xlabel("step")
-    handles, labels = (a + b for a, b in zip(weights.get_legend_handles_labels(), change.get_legend_handles_labels()))
-    figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.1 / width, 1 - 0.75 / height), ncol=len(runs),
-                  frameon=False, fontsize=9, handletextpad=0.1)
-    sizes = sorted({f"{run.config['n_params']:,} parameters, {run.step[-1]} steps" for run in runs})
-    tokenizer = baseline.config["data"]["tokenizer"]
-    add_titles(figure, finding(others[-1], baseline), f"{' and '.join(sizes)}; tokenizer {tokenizer}")
+def draw(groups):
+    """Sampling weights, change of loss per domain, and the mean and the worst domain's loss over the steps."""
+    baseline, *others = groups
+    K, n = len(baseline.weights), len(others)
+    styles = [STYLES[0], *itertools.islice(itertools.cycle(STYLES[1:]), n)]
+    order = np.argsort(change(others[-1], baseline)[0][:K], kind="stable")  # the last group's best domain on top
+    figure = Figure(figsize=(15, max(5.0, K * max(0.24, 0.07 * n) + 1.5)), layout="constrained")
+    axes = figure.subplot_mosaic([["weight", "change", "mean"], ["weight", "change", "worst"]],
+                                 width_ratios=(1, 1.2, 1.4))
+    for panel in axes.values():
+        panel.spines[["top", "right"]].set_visible(False)
+    rows, offsets = np.arange(K), np.linspace(-0.4, 0.4, n + 2)[1:-1]
+    for group, offset, (colour, marker, _) in zip(others, offsets, styles[1:]):
+        mean, sd = (values[:K][order] for values in change(group, baseline))
+        axes["weight"].plot(group.weights[order], rows + offset, marker, color=colour, markersize=5)
+        axes["change"].errorbar(mean, rows + offset, xerr=sd if sd.any() else None, fmt=marker, color=colour,
+                                markersize=5, capsize=2)
+    axes["weight"].plot(baseline.weights[order], rows, "o", color=GREY, markerfacecolor="none")
+    positive = np.concatenate([group.weights[group.weights > 0] for group in groups])
+    weight_axis(axes["weight"].xaxis, positive.min() / 1.3, min(1.0, 1.3 * positive.max()))
+    axes["change"].axvline(0, color=GREY, linewidth=1)
+    axes["change"].grid(True, color="0.9", linewidth=0.6)
+    axes["weight"].set(ylim=(K - 0.5, -0.5), xlabel="sampling weight")
+    axes["change"].set(ylim=(K - 0.5, -0.5), xlabel="change of held-out loss (nats per token)")
+    axes["weight"].set_yticks(rows, [baseline.config["domains"][i] for i in order], fontsize=9)
+    axes["change"].set_yticks(rows, [""] * K)
+    axes["change"].tick_params(axis="y", length=0)
+    axes["change"].set_title(f"left of 0: better than {baseline.name}", fontsize=10)
+    draw_curves(axes["mean"], groups, styles, MEAN)
+    draw_curves(axes["worst"], groups, styles, WORST)
+    axes["mean"].legend(loc="upper right", fontsize=9, frameon=False)
     return figure
 
 
-# ---- the script
-
+# ---- the script ----
 
 def main(argv=None):
-    parser = ArgumentParser("Compare the held-out losses of two or more runs, domain by domain.")
+    parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run, same data; the first is the baseline")
-    add("--baseline", type=Path, metavar="RUN", help="what the others are compared with (default: the first RUN)")
-    add("--out", type=Path, metavar="FILE", help="the picture (default: compare.png in the last run's directory)")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run; the first is the baseline")
+    add("--out_dir", type=Path, help="where compare.png goes (default: the last run's directory)")
     args = parser.parse_args(argv)
-    paths = args.runs
-    if args.baseline:
-        paths = [args.baseline, *(run for run in paths if run.resolve() != args.baseline.resolve())]
-    if len(paths) < 2:
-        raise UserError(f"{paths[0]}: one run only; give a baseline and at least one run to compare with it.")
-    out = args.out or args.runs[-1] / "compare.png"
-    if out.suffix != ".png":
-        raise UserError(f"--out: {out} is not the name of a PNG file; end it in .png.")
-    runs = read_comparable(paths)
-    baseline, others = runs[0], runs[1:]
-
-    legend = "weight: of sampling; nats: per token; bpb: bits per byte; * better than the baseline"
-    print("\n".join([*table(runs), "", legend, *remarks(runs)]))
-    figure = draw(runs)
-    make_directory(out.parent)
-    write_atomically(out, lambda file: figure.savefig(file, format="png", dpi=150))
-    print(f"written: {out}\n")
-    print("\n".join(line for run in others for line in summary(run, baseline)))
+    groups = read_groups(args.runs)
+    baseline, *others = groups
+    print("\n".join(["last held-out loss in nats per token, and its change from the baseline; * is lower", "",
+                     *table(groups), ""]))
+    for group in others:
+        for what, value, expected in (("parameters", group.config["n_params"], baseline.config["n_params"]),
+                                      ("tokens", group.tokens[-1], baseline.tokens[-1])):
+            if value != expected:
+                print(f"note: {group.name} has {value:,} {what}, {baseline.name} has {expected:,}")
+        if group.seeds != baseline.seeds:
+            print(f"note: {group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
+        print(finding(group, baseline))
+    figure, config = draw(groups), baseline.config
+    add_titles(figure, finding(others[-1], baseline),
+               f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
+               f"{config['data']['tokenizer']}, seed {', '.join(map(str, baseline.seeds))}"
+               + "; bars and bands: standard deviation over the seeds" * (len(baseline.seeds) > 1))
+    out_dir = args.out_dir or args.runs[-1]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    runtime.write_atomically(out_dir / "compare.png", lambda file: figure.savefig(file, format="png", dpi=150))
+    print(f"written: {out_dir / 'compare.png'}")
 
 
 if __name__ == "__main__":

@@ -424,7 +424,7 @@ def identity(config):
     flat = {name: value for name, value in config["flags"].items() if name not in left_out}
     for name, value in config.items():
         if name in ("data", "reference"):
-            flat |= {f"{name}.{key}": item for key, item in value.items() if key not in left_out}
+            flat |= {f"{name}.{key}": item for key, item in value.items() if key not in ("out_dir", "data_dir")}
         elif name not in ("flags", "versions", "device", "world_size"):
             flat[name] = value
     return flat

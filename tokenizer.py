@@ -1,0 +1,152 @@
+"""Tokenizers: what --tokenizer can name, as one thing that encodes, decodes and is known by a checksum."""
+
+import base64
+import hashlib
+import importlib
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import rustbpe
+import tiktoken
+
+from cli import UserError
+
+EOT = "<|endoftext|>"
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json, in this order
+# GPT-4's rule for splitting text into words before byte pairs are merged. A .tiktoken file does not hold its rule, so
+# all tokenizers that are trained here or read from such a file share this one.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPAN = 1 << 17  # bytes encoded at once: tiktoken's regular expressions overflow their stack on longer runs of one kind
+
+
+class Tokenizer(NamedTuple):
+    name: str
+    sha256: str  # tells tokenizers apart, whatever they are called
+    vocab_size: int
+    eot: int  # id of the end-of-text token
+    encode: Callable  # UTF-8 bytes -> token ids, (n,) integers
+    decode: Callable  # list of token ids -> UTF-8 bytes
+    file: tuple = ()  # name and contents of the file that goes beside the data
+
+
+def load_tokenizer(spec, eot_token=None, sample=None):
+    """Return the Tokenizer that --tokenizer asks for. sample: called for the texts that train:N trains on."""
+    try:
+        if spec == "bytes":
+            tokenizer = from_ranks(spec, {bytes([byte]): byte for byte in range(256)})
+            return tokenizer._replace(encode=lambda data: np.frombuffer(data, np.uint8), file=())
+        if spec.startswith("train:") and sample:
+            return from_ranks(spec, train_ranks(spec, sample))
+        if spec.endswith(".tiktoken"):
+            return from_ranks(Path(spec).name, parse_ranks(spec))
+        if spec.endswith(".json"):
+            return from_json(spec, Path(spec).read_bytes(), eot_token)
+        return from_tiktoken(tiktoken.get_encoding(spec))
+    except ValueError:  # tiktoken's
+        known = ", ".join(["bytes", "train:N", "FILE.tiktoken", "FILE.json", *tiktoken.list_encoding_names()])
+        raise UserError(f"--tokenizer={spec}: unknown; expected one of {known}") from None
+    except OSError as error:
+        if spec.endswith((".tiktoken", ".json")):
+            raise UserError(f"--tokenizer={spec}: cannot be read: {error.strerror}") from None
+        raise UserError(f"--tokenizer={spec}: tiktoken cannot fetch it ({type(error).__name__}); go online once, set "
+                        "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=train:4096") from None
+
+
+def train_ranks(spec, sample):
+    size = spec.removeprefix("train:")
+    if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
+        raise UserError(f"--tokenizer={spec}: expected a whole number from 257 (bytes and end of text) to 1000000")
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(sample(), int(size) - 1, pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) + 1 < int(size):
+        raise UserError(f"--tokenizer={spec}: the text yields only {len(ranks) + 1} tokens; ask for fewer")
+    return ranks
+
+
+def parse_ranks(spec):
+    try:
+        pairs = [line.split() for line in Path(spec).read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        ranks = {}
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UserError(f"--tokenizer={spec}: not a .tiktoken file: lines of a base64 token and its rank, with "
+                        "ranks 0, 1, 2, ... and all single bytes among the tokens")
+    return ranks
+
+
+def ranks_file(encoding):
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+
+
+def from_ranks(name, ranks):
+    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return from_tiktoken(encoding)._replace(file=("tokenizer.tiktoken", ranks_file(encoding)))
+
+
+def from_tiktoken(encoding):
+    specials = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    sha256 = hashlib.sha256(ranks_file(encoding) + json.dumps([specials, encoding._pat_str]).encode()).hexdigest()
+
+    def encode(data):  # releases the GIL; names of special tokens are text
+        spans = (data[a:b].decode() for a, b in pairwise((0, *cut(data, SPAN))))
+        return np.concatenate([encoding.encode_to_numpy(span, disallowed_special=()) for span in spans])
+
+    return Tokenizer(encoding.name, sha256, encoding.n_vocab, encoding.eot_token, encode, encoding.decode_bytes)
+
+
+def from_json(spec, data, eot_token):
+    """Return the Tokenizer of a tokenizer.json: the ids of transformers.AutoTokenizer without special tokens."""
+    tokenizers = optional("tokenizers", f"--tokenizer={spec}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises no other class
+        raise UserError(f"--tokenizer={spec}: not a tokenizer.json: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # names of special tokens are text
+    ids = tokenizer.get_vocab()
+    eot = next((name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids), None)
+    if eot is None:
+        raise UserError(f"--tokenizer={spec}: has no token {eot_token or ', '.join(EOT_NAMES)}; name its end-of-text "
+                        "token with --eot_token")
+    return Tokenizer(
+        Path(spec).name, hashlib.sha256(data + eot.encode()).hexdigest(), max(ids.values()) + 1, ids[eot],
+        lambda data: np.array(tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.uint32),
+        lambda ids: tokenizer.decode(ids).encode(), ("tokenizer.json", data),
+    )  # fmt: skip
+
+
+def cut(data, size):
+    """Yield the ends of pieces of size / 2 to size bytes; the last one may be shorter.
+
+    A piece ends after the last blank line that fits; or else after the last line, word or character.
+    """
+    start = 0
+    while len(data) - start > size:
+        for mark in (b"\n\n", b"\n\r\n", b"\n", b" "):
+            end = data.rfind(mark, start + size // 2, start + size) + len(mark)
+            if end >= len(mark):
+                break
+        else:
+            end = start + size
+            while data[end] & 0xC0 == 0x80 and end > start + size - 4:  # within a character
+                end -= 1
+        yield end
+        start = end
+    yield len(data)
+
+
+def optional(module, what):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{what}: needs the package {module.split('.')[0]}: pip install 'nanodoremi[hub]'") from None
