@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import runtime
+from sampler import Sampler, load_dataset
+
+ROOT = Path(__file__).parent.parent
 VOCAB = 64
 TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
         "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4",
@@ -70,6 +73,24 @@ def data_dir(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "synthetic", streams)
 
 
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory):
+    """Three domains whose tokens tell where they are from: domain i counts up from 10,000 i. Windows of 8 + 1."""
+    streams = {name: (10_000 * i + np.arange(8 * n + 1), 10_000 * i + 5_000 + np.arange(8 * m + 5))
+               for i, (name, n, m) in enumerate([("a", 7, 5), ("b", 50, 3), ("c", 23, 9)])}
+    return load_dataset(write_dataset(tmp_path_factory.mktemp("data") / "numbered", streams, vocab_size=40_000), 8)
+
+
+def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
+    """The next n batches of a fresh sampler, from `state` on if there is one, and the state after them."""
+    s = Sampler(dataset, weights, batch_size, seed, **ranks)
+    if state is not None:
+        s.load_state_dict(state)
+    batches = [s.next_batch() for _ in range(n)]
+    s.close()
+    return batches, s.state_dict()
+
+
 def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
     """Run a script of the project as a subprocess with one thread per rank.  Return the CompletedProcess."""
     launcher = [sys.executable]
@@ -86,8 +107,6 @@ def run_here(script, *flags, status=0):
 
     Return its returncode, which must be `status`, stdout and stderr.
     """
-    import runtime
-
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, torch.get_num_threads(), runtime.matmul_peak
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
