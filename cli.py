@@ -67,7 +67,8 @@ def add_data_and_model_flags(parser, defaults):
     add = parser.add_argument_group("data and model").add_argument
     add("--data_dir", default="data/demo", help="data set of prepare.py (default: %(default)s)")
     add("--sampling_weights", required="sampling_weights" not in defaults, help="what batches are drawn from: uniform, "
-        "token_count, temperature:P (token_count ** P), unimax:EPOCHS, FILE.json, or numbers such as 0.2,0.8 "
+        "token_count, temperature:P (token_count ** P), unimax:EPOCHS, FILE.json, numbers such as 0.2,0.8, or the mean "
+        "of several of these: uniform+token_count "
         f"(default: {defaults.get('sampling_weights', 'none, it must be given')})")
     add("--block_size", type=positive, default=256, help="context in tokens (default: %(default)s)")
     for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),

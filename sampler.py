@@ -134,9 +134,12 @@ def check_vocabulary(rows, vocab_size, path):
 def sampling_weights(spec, dataset, planned_tokens):
     """The distribution over domains that batches are drawn from: (K,) float64, sums to 1.
 
-    spec: uniform | token_count | temperature:P | unimax:EPOCHS | FILE.json | numbers in the order of meta.json.
+    spec: uniform | token_count | temperature:P | unimax:EPOCHS | FILE.json | numbers in the order of meta.json, or
+    several of these joined by +, which stands for their mean.
     planned_tokens: of the whole run; only unimax needs it.  Raises UserError.
     """
+    if "+" in spec:
+        return np.mean([sampling_weights(part, dataset, planned_tokens) for part in spec.split("+")], axis=0)
     counts, k = dataset.token_counts(), len(dataset.domains)
     kind, _, parameter = spec.partition(":")
     if spec == "uniform":

@@ -3,9 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# An environment of its own, made once and renewed when requirements.txt changes
+# An environment of its own, made once and renewed when the requirements change
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-cmp -s requirements.txt .venv/installed.txt || .venv/bin/pip install -q -r requirements.txt
-cp requirements.txt .venv/installed.txt
+cat requirements*.txt | cmp -s - .venv/tested.txt || .venv/bin/pip install -q -r requirements-test.txt
+cat requirements*.txt > .venv/tested.txt
 
 exec .venv/bin/python -m pytest "$@"

@@ -2,10 +2,10 @@
 
 reads   a reference run (stage 1) and its data
 writes  docs/exactness.png, and prints the table of docs/exactness.md
-e.g.    python experiments/exactness.py --reference=checkpoints/reference --step_sizes=1,0.1 --update_after=200
+e.g.    python experiments/exactness.py --reference=checkpoints/reference --max_steps=1000
 
-Each variant sees the same batches from the same initial weights; only the lines marked with its name differ from
-train_doremi.py. The departures are here alone: the product does not have them.
+Every variant sees the same batches from the same initial parameters. Only the lines that name a variant differ from
+train_doremi.py. The departures exist here only.
 """
 
 import sys
@@ -19,12 +19,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli
 import runtime
-from checkpoint import write_atomically
 from model import Transformer
-from report import add_titles, percent, weight_axis
 from sampler import Sampler, domain_sums, load_dataset
-from train_doremi import load_reference, load_reference_config, update_alpha
-from trust import effective_domains, total_variation
+from train_doremi import update_alpha
 
 VARIANTS = {
     "exact": "Algorithm 1",
@@ -36,32 +33,29 @@ VARIANTS = {
 }
 
 
-def train_proxy(variant, reference, dataset, machine, args, step_size, seed):
+def train_proxy(variant, reference, dataset, machine, args, seed):
     """alpha_1..alpha_T of one proxy: (T, K) array."""
-    k = len(dataset.domains)
+    K = len(dataset.domains)
     torch.manual_seed(seed)
     model = Transformer(reference.config, machine.dtype).to(machine.device)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     optimizer = runtime.adamw(model, args)
-    sampler = Sampler(dataset, np.full(k, 1 / k), args.batch_size, seed)
-    alpha = torch.full((k,), 1 / k, dtype=machine.exact, device=machine.device)
+    sampler = Sampler(dataset, np.full(K, 1 / K), args.batch_size, seed)
+    alpha = torch.full((K,), 1 / K, dtype=machine.sum_dtype, device=machine.device)
     excess, history = torch.zeros_like(alpha), []
-    for step in tqdm(range(1, args.max_steps + 1), desc=f"{variant}, step size {step_size:g}, seed {seed}"):
+    for step in tqdm(range(1, args.max_steps + 1), desc=f"{variant}, seed {seed}"):
         runtime.set_learning_rate(optimizer, step, args)
-        [(tokens, domain)] = machine.to_device(sampler.next_batch(), args.batch_size)
+        [(tokens, domain)] = machine.micro_batches(sampler.next_batch(), args.batch_size)
         with torch.no_grad():
             reference_loss = reference(tokens)
         token_loss = forward(tokens)
         difference = token_loss.detach() - reference_loss
-        if variant == "domain clip":
-            excess_sum, count = domain_sums(difference, domain, k, machine.exact)
-            excess_sum = excess_sum.clamp(min=0)
-        else:
-            excess_sum, count = domain_sums(difference.clamp(min=0), domain, k, machine.exact)
-        divisor = domain_sums((difference > 0).double(), domain, k)[0] if variant == "positive tokens" else count
-        excess = torch.where(count > 0, excess_sum / divisor.clamp(min=1), excess)
-        before = torch.full_like(alpha, 1 / k) if variant == "carry lost" else alpha
-        alpha = update_alpha(before, excess, step_size if step > args.update_after else 0.0, 1e-3)
+        clipped = difference if variant == "domain clip" else difference.clamp(min=0)
+        excess_sum, positive, count = domain_sums(domain, K, machine.sum_dtype, clipped, (difference > 0).double())
+        divisor = positive if variant == "positive tokens" else count
+        excess = torch.where(count > 0, excess_sum.clamp(min=0) / divisor.clamp(min=1), excess)
+        before = torch.full_like(alpha, 1 / K) if variant == "carry lost" else alpha
+        alpha = update_alpha(before, excess, args.step_size, args.smoothing)
         history.append(alpha)
         weight = ((before if variant == "stale alpha" else alpha) / count.clamp(min=1)).to(token_loss.dtype)
         objective = (token_loss - reference_loss).clamp(min=0) if variant == "clipped gradient" else token_loss
@@ -73,80 +67,70 @@ def train_proxy(variant, reference, dataset, machine, args, step_size, seed):
     return torch.stack(history).cpu().numpy()
 
 
-def distance(alphas, step_size, variant):
-    """Total variation between a variant's answer and the exact one: the share of the tokens that is misplaced."""
-    return total_variation(alphas[step_size, variant].mean(axis=0), alphas[step_size, "exact"].mean(axis=0))
+def distance(a, b):
+    """Total variation between the answers of two histories (T, K): the share of tokens drawn from another domain."""
+    return 0.5 * np.abs(a.mean(axis=0) - b.mean(axis=0)).sum()
 
 
-def draw(domains, alphas, step_sizes, setting):
-    """A row per step size, a column per variant: alpha over the steps, and its average, the answer, at the right edge.
+def effective(weights):
+    """exp(entropy) of weights (..., K): on how many domains they rest."""
+    return np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=-1))
 
-    alphas: {(step_size, variant): (T, K)}.
-    """
-    figure = Figure(figsize=(2.2 * len(VARIANTS) + 2.2, 2.6 * len(step_sizes) + 1.3))
-    axes = figure.subplots(len(step_sizes), len(VARIANTS), sharex=True, sharey="row", squeeze=False)
-    height = figure.get_size_inches()[1]
-    figure.subplots_adjust(left=0.06, right=0.88, top=1 - 1.15 / height, bottom=0.5 / height, wspace=0.08, hspace=0.15)
-    styles = [(shade, dash) for dash in ("-", "--", ":") for shade in ("#440154", "#3b6f8d", "#2fb07f", "#c8a415")]
-    for row, step_size in zip(axes, step_sizes):
-        for ax, variant in zip(row, VARIANTS):
-            alpha = alphas[step_size, variant]
-            for i, (colour, dash) in zip(range(len(domains)), styles):
-                ax.plot(np.arange(1, len(alpha) + 1), alpha[:, i], dash, color=colour, linewidth=0.8)
-                ax.plot(len(alpha) * 1.04, alpha[:, i].mean(), "o", color=colour, markersize=4, clip_on=False)
-            away = "" if variant == "exact" else f": {distance(alphas, step_size, variant):.2f} away"
-            ax.set_title(f"{variant}{away}", fontsize=9)
-        weight_axis(row[0].yaxis, 5e-5, 1)
-        row[0].set_ylabel(f"alpha, step size {step_size:g}", fontsize=9)
-    for ax in axes[-1]:
-        ax.set_xlabel("step", fontsize=9)
-    handles = [axes[0, 0].plot([], [], dash, color=colour)[0] for _, (colour, dash) in zip(domains, styles)]
-    figure.legend(handles, domains, loc="center left", bbox_to_anchor=(0.9, 0.5), frameon=False, fontsize=8)
-    cost, step_size, variant = max((distance(alphas, *run), *run) for run in alphas if run[1] in VARIANTS)
-    finding = f"The costliest departure: {variant}, {percent(cost)} of the answer elsewhere at step size {step_size:g}"
-    add_titles(figure, finding, setting)
+
+def draw(domains, alphas, setting):
+    """A panel per variant: alpha over the steps, and at the right edge its average, the answer."""
+    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
+    for panel, variant in zip(axes, VARIANTS):
+        alpha = alphas[variant]
+        for i, name in enumerate(domains):
+            style = {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]}
+            panel.plot(np.arange(1, len(alpha) + 1), alpha[:, i], linewidth=0.7, **style)
+            panel.plot(len(alpha) * 1.03, alpha[:, i].mean(), "o", color=style["color"], markersize=4, clip_on=False)
+            panel.plot([], [], label=name if panel is axes[0] else None, **style)
+        away = "" if variant == "exact" else f": {distance(alpha, alphas['exact']):.3f} away"
+        panel.set(title=f"{variant}{away}", yscale="log", ylim=(1e-4, 1))
+    for panel in axes[3:]:
+        panel.set_xlabel("step")
+    for panel in axes[::3]:
+        panel.set_ylabel("alpha")
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    worst = max(VARIANTS, key=lambda variant: distance(alphas[variant], alphas["exact"]))
+    figure.suptitle(f"The costliest departure is '{worst}': {distance(alphas[worst], alphas['exact']):.0%} of the "
+                    f"tokens would come from other domains\n{setting}", fontsize=11)
     return figure
 
 
 def main():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default %(default)s)")
-    add("--step_sizes", default="1,0.1", help="a row of the figure each (default %(default)s)")
-    add("--seeds", default="1,2", help="of the proxies; beyond the first, of the exact one (default %(default)s)")
-    add("--update_after", type=cli.natural, default=0, help="steps before alpha first moves (default %(default)s)")
-    add("--out", type=Path, default=Path("docs/exactness.png"), help="the figure (default %(default)s)")
-    cli.add_optimization_flags(parser)
+    add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default: %(default)s)")
+    add("--step_size", type=cli.non_negative, default=1.0, help="of the weight update (default: %(default)s)")
+    add("--smoothing", type=cli.fraction, default=1e-3, help="of the weight update (default: %(default)s)")
+    add("--seeds", default="2,3,4", help="of the exact proxies; the first also of the others (default: %(default)s)")
+    add("--out", type=Path, default=Path("docs/exactness.png"), help="the figure (default: %(default)s)")
+    optimization = cli.add_optimization_flags(parser, inherited=True)
     cli.add_machine_flags(parser, "unused")
+    config, checkpoint = runtime.load_finished(parser.parse_args().reference, ("reference",))
+    parser.set_defaults(**{name: config["flags"][name] for name in optimization})
     args = parser.parse_args()
     runtime.resolve_flags(args)
+    machine, seeds = runtime.setup(args), [int(seed) for seed in args.seeds.split(",")]
+    dataset = load_dataset(config["data"]["data_dir"], config["model"]["block_size"])
+    reference = Transformer.load(config, checkpoint["model"], machine.dtype).to(machine.device).freeze()
     args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    config = load_reference_config(args.reference)
-    args.data_dir, machine = config["data"]["data_dir"], runtime.setup(args)
-    dataset = load_dataset(args.data_dir, config["model"]["block_size"])
-    reference = load_reference(args, config, dataset, machine)
-    step_sizes, seeds = [float(s) for s in args.step_sizes.split(",")], [int(s) for s in args.seeds.split(",")]
 
-    alphas = {}
-    for step_size in step_sizes:
-        for variant in VARIANTS:
-            alphas[step_size, variant] = train_proxy(variant, reference, dataset, machine, args, step_size, seeds[0])
-        for seed in seeds[1:]:
-            alpha = train_proxy("exact", reference, dataset, machine, args, step_size, seed)
-            alphas[step_size, f"exact, seed {seed}"] = alpha
-
-    print("| step size | variant | distance to exact | domains in alpha | domains in the answer | largest weight |\n"
-          "|---|---|---|---|---|---|")
-    for (step_size, variant), alpha in alphas.items():
-        answer, in_alpha = alpha.mean(axis=0), np.median(effective_domains(alpha[args.update_after :]))
-        largest = f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f}"
-        print(f"| {step_size:g} | {variant} | {distance(alphas, step_size, variant):.3f} | {in_alpha:.1f} | "
-              f"{effective_domains(answer):.1f} | {largest} |")
-
-    setting = (f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences, alpha "
-               f"moves from step {args.update_after + 1} on, seeds {args.seeds}; dots: answers; away: total variation")
-    figure = draw(dataset.domains, alphas, step_sizes, setting)
-    write_atomically(args.out, lambda file: figure.savefig(file, format="png", dpi=80))
+    alphas = {variant: train_proxy(variant, reference, dataset, machine, args, seeds[0]) for variant in VARIANTS}
+    alphas |= {f"exact, seed {seed}": train_proxy("exact", reference, dataset, machine, args, seed)
+               for seed in seeds[1:]}
+    print("| variant | distance to exact | domains in alpha | domains in the answer | largest weight |")
+    print("|---|---|---|---|---|")
+    for variant, alpha in alphas.items():
+        answer = alpha.mean(axis=0)
+        print(f"| {variant} | {distance(alpha, alphas['exact']):.3f} | {np.median(effective(alpha)):.1f} | "
+              f"{effective(answer):.1f} | {dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
+    setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
+    runtime.write_atomically(args.out, lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
     print(f"written: {args.out}")
 
 
