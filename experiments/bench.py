@@ -9,12 +9,12 @@ step     tokens per second of train_reference.py, share of peak    --against, --
 compile  the same with torch.compile                               eager
 proxy    a step of train_doremi.py, one micro-batch                a step of the reference
 micro    a step of train_doremi.py in four micro-batches           one micro-batch
-sampler  tokens per second of 512 x 1,024 tokens of 22 domains     --against
+sampler  tokens per second, 512 x 1,024 tokens of 22 domains       --against
 save     seconds that the loop stands still for a checkpoint       --against
 
-The real scripts run for --steps steps on random tokens, in turn: A B A B. Every repetition gives one ratio. A line shows
-the median and, in brackets, the least and the most. On CUDA each line also shows the peak memory and how often a step
-waits for the device.
+The real scripts run for --steps steps on random tokens, in turn: A B A B. Each repetition gives one ratio. A line shows
+the median and, in brackets, the least and the most. Training rows also compare the processor time of a step, which
+depends less on what else the machine does. On CUDA they show the peak memory, and how often a step waits for it.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SHAPES = {  # vocabulary, flags
     "50M": (8192, "--block_size=128 --n_layer=8 --n_head=8 --n_kv_head=8 --n_embd=640 --n_ffn=1792 --batch_size=4"),
     "gpt2": (50304, "--block_size=1024 --n_layer=12 --n_head=12 --n_kv_head=12 --n_embd=768 --n_ffn=2048 "
                     "--batch_size=16"),
-    "paper_280m": (256_000, f"@{HERE}/configs/paper_280m.txt"),
+    "paper_280m": (256_000, f"@{HERE}/configs/paper_280m.txt --batch_size=512"),
 }
 
 
@@ -104,6 +104,9 @@ class Bench:
         self.compile = "--compile" if args.compile else "--no-compile"
         self.last = {}  # what the last training run noted
 
+    def batch_size(self):
+        return int(re.search(r"--batch_size=(\d+)", " ".join(self.flags))[1])
+
     def data(self, n_tokens, vocab_size):
         """A data set of 22 domains of random tokens."""
         folder, rng = self.folder / f"data-{n_tokens}-{vocab_size}", np.random.default_rng(0)
@@ -142,7 +145,8 @@ class Bench:
                     f"--eval_interval={never}", "--eval_windows=1", f"--save_interval={never}", *more)
         lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "loss" in line][2:]
-        self.last = {"mfu": median(line["mfu"] for line in lines), **json.loads((self.folder / "noted.json").read_text())}
+        noted = json.loads((self.folder / "noted.json").read_text())
+        self.last = {**noted, "mfu": median(line["mfu"] for line in lines)}
         return median(line["tokens_per_second"] for line in lines)
 
     def nanogpt(self):
@@ -158,55 +162,67 @@ class Bench:
         same = [f"--{name}={ours[name]}" for name in ("block_size", "batch_size", "n_layer", "n_head", "n_embd")]
         out = self.python("train.py", *same, "--dataset=ours", f"--device={self.args.device}", "--log_interval=1",
                           f"--compile={self.args.compile}", f"--max_iters={self.args.steps}", "--eval_interval=999999",
-                          "--gradient_accumulation_steps=1", "--eval_iters=1", "--dropout=0.0", "--bias=False", cwd=copy)
+                          "--gradient_accumulation_steps=1", "--eval_iters=1", "--dropout=0.0", "--bias=False",
+                          cwd=copy)
         milliseconds = [float(ms) for ms in re.findall(r"time ([\d.]+)ms", out)][10:]
         return 1000 * int(ours["batch_size"]) * int(ours["block_size"]) / median(milliseconds)
 
     def alternate(self, a, b=None):
-        """Call a and b in turn.  Return their values, one per repetition."""
-        values = [], []
-        for _, (call, found) in itertools.product(range(self.args.repeats), zip((a, b), values)):
+        """Call a and b in turn.  Return a list of (value, what the run noted) for each, one per repetition."""
+        found = [], []
+        for _, (call, values) in itertools.product(range(self.args.repeats), zip((a, b), found)):
             if call:
-                found.append(call())
-                print("#", found[-1], self.last, flush=True)
-        return values
+                self.last = {}
+                values.append((call(), self.last))
+        return found
 
-    def show(self, name, a, b=(), unit="tokens/s", inverse=False):
-        spread = lambda v: f"{median(v):.4g} ({min(v):.4g} to {max(v):.4g})"  # noqa: E731
-        ratios = [y / x if inverse else x / y for x, y in zip(a, b)]
-        line = f"{name}: {spread(a)} {unit}"
-        print(line + (f", {spread(ratios)} x the other, {spread(b)}" if ratios else ""), flush=True)
-        if self.args.device == "cuda" and self.last:
-            print(f"    {self.last['peak_memory'] / 1e9:.2f} GB at the peak, {self.last['waits']:.0f} waits a step")
+    def show(self, name, a, b, unit):
+        """Print the median of a, and of its ratios to b, where there is a b."""
+        def spread(values):
+            return f"{median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+        print(f"{name}: {spread([value for value, _ in a])} {unit}")
+        if b:
+            ratios = [x / y for (x, _), (y, _) in zip(a, b)]
+            print(f"    the other: {spread([value for value, _ in b])}; ratio {spread(ratios)}")
+        noted = a[-1][1]
+        if "cpu" in noted:
+            share = median(n["mfu"] for _, n in a)
+            print(f"    processor time of a step: {noted['cpu']:.3g} s a rank; {share:.0%} of peak")
+        if b and "cpu" in b[-1][1]:
+            print(f"    ratio of processor times: {spread([x['cpu'] / y['cpu'] for (_, x), (_, y) in zip(a, b)])}")
+        if noted.get("peak_memory"):
+            print(f"    {noted['peak_memory'] / 1e9:.2f} GB at the peak, {noted['waits']:.0f} waits a step")
+        sys.stdout.flush()
 
     def run(self, row):
         args, other = self.args, self.args.against and Path(self.args.against).resolve()
-        title = f"{row} {args.shape}, {args.ranks} ranks, {'compiled' if args.compile else 'eager'}"
-        if row == "compile":
-            self.show(title, *self.alternate(lambda: self.train("reference", "--compile"),
-                                             lambda: self.train("reference", "--no-compile")))
-        elif row == "step":
-            pairs = [("against", lambda: self.train("reference", root=other))] if other else []
-            pairs += [("nanoGPT", self.nanogpt)] if args.nanogpt else []
-            for what, call in pairs or [("", None)]:
-                shares = []
-                speed = lambda: (self.train("reference"), shares.append(self.last["mfu"]))[0]  # noqa: E731, B023
-                self.show(f"{title}, {what}", *self.alternate(speed, call))
-                print(f"    {median(shares):.0%} of peak")
+        title = f"{row}, {args.shape}, {args.ranks} ranks, {'compiled' if args.compile else 'eager'}"
+        if row == "step":
+            others = [("against", lambda: self.train("reference", root=other))] if other else []
+            others += [("nanoGPT", self.nanogpt)] if args.nanogpt else []
+            for what, call in others or [("alone", None)]:
+                self.show(f"{title}, {what}", *self.alternate(lambda: self.train("reference"), call), "tokens/s")
+        elif row == "compile":
+            pair = [lambda flag=flag: self.train("reference", flag) for flag in ("--compile", "--no-compile")]
+            self.show(title, *self.alternate(*pair), "tokens/s")
         elif row in ("proxy", "micro"):
-            batch = int(dict(flag.lstrip("-").split("=") for flag in self.flags)["batch_size"]) // args.ranks
             self.train("reference")
-            base = (lambda: self.train("reference")) if row == "proxy" else (lambda: self.train("proxy"))
-            more = [f"--micro_batch_size={batch // 4}"] if row == "micro" else []
-            self.show(f"{title}, seconds of a step", *self.alternate(lambda: self.train("proxy", *more), base),
-                      inverse=True)
+            parts = [f"--micro_batch_size={self.batch_size() // args.ranks // 4}"] if row == "micro" else []
+            base = "reference" if row == "proxy" else "proxy"
+            pair = self.alternate(lambda: self.train("proxy", *parts), lambda: self.train(base))
+            self.show(title, *pair, "tokens/s")
         elif row == "save":
-            saved = lambda root: (self.train("reference", "--save_interval=5", root=root), median(self.last["save"]))[1]  # noqa: E731
-            self.show(title, *self.alternate(lambda: saved(HERE), other and (lambda: saved(other))), unit="s")
+            def stop(root):
+                self.train("reference", "--save_interval=5", root=root)
+                return median(self.last["save"])
+
+            self.show(title, *self.alternate(lambda: stop(HERE), other and (lambda: stop(other))), "s")
         else:
-            data = self.data(3_000_000, 50304)
-            speed = lambda root: float(self.python(__file__, "sampler_speed", root, data))  # noqa: E731
-            self.show("sampler", *self.alternate(lambda: speed(HERE), other and (lambda: speed(other))))
+            def speed(root):
+                return float(self.python(__file__, "sampler_speed", root, self.data(3_000_000, 50304)))
+
+            self.show(row, *self.alternate(lambda: speed(HERE), other and (lambda: speed(other))), "tokens/s")
 
 
 def main():

@@ -3,9 +3,8 @@
     python experiments/memory.py @configs/paper_8b.txt --vocab_size=256000 --ranks=16
 
 Takes the flags of train_large.py. The bytes between steps are exact: nothing else is held. The activations are counted
-from what autograd keeps when the model is run on tensors without content; torch.compile keeps less. The sum is a bound
-of the peak, since its parts do not all reach their largest size at the same time. CUDA itself and NCCL's buffers take
-1 to 3 GB more.
+from what autograd keeps when the model is run on tensors without content; torch.compile keeps less. "At most" is a
+bound of the peak: not all parts reach their largest size at the same moment. CUDA and NCCL take 1 to 3 GB more.
 """
 
 import math
@@ -96,6 +95,13 @@ def predict(args):
             "activations": activations, "head": 3 * exact * logits + embedding}
 
 
+def at_most(sizes, accumulating):
+    """The peak, in bytes.  Gradients grow while activations go, so one of the two ends of the backward pass is the
+    highest; with several micro-batches, gradients are there from the start."""
+    loss, end = sizes["activations"] + sizes["head"], sizes["gradients"]
+    return sizes["weights"] + sizes["moments"] + sizes["gathered"] + (loss + end if accumulating else max(loss, end))
+
+
 def main():
     args = parse_args()
     with torch.device("meta"):
@@ -108,9 +114,9 @@ def main():
     columns = []
     for args.activation_checkpointing in (False, True):
         columns.append(predict(args))
+        columns[-1]["at most"] = at_most(columns[-1], args.batch_size > args.ranks * args.micro_batch_size)
     for name in columns[0]:
-        print(f"{name:24}" + "".join(f"{column[name] / 1e9:12.2f}" for column in columns))
-    print(f"{'at most':24}" + "".join(f"{sum(column.values()) / 1e9:12.2f}" for column in columns))
+        print(f"{name:24}" + "".join(f"{column[name] / 1e9:12.3f}" for column in columns))
     hours = [flops * factor / (args.ranks * args.share * args.tflops * 1e12) / 3600 for factor in (1, 4 / 3)]
     print(f"{'hours':24}" + "".join(f"{value:12.1f}" for value in hours) + f"    at {args.share:.0%} of the peak")
     print(f"\nA proxy also holds its frozen reference, whole: {model.n_params() * args.dtype.itemsize / 1e9:.2f} GB. "
