@@ -128,7 +128,7 @@ def shard(model, machine):
     if machine.world_size > 1:
         nodes = machine.world_size // machine.local_world_size
         shape = (machine.world_size,) if nodes == 1 else (nodes, machine.local_world_size)
-        mesh = init_device_mesh(machine.device.type, shape, mesh_dim_names=("node", "rank")[-len(shape):])
+        mesh = init_device_mesh(machine.device.type, shape, mesh_dim_names=("nodes", "ranks")[-len(shape):])
         exact = torch.float64 if machine.dtype == torch.float64 else torch.float32
         for module in [*model.blocks, model]:
             # The root stays in float32: TokenLoss adds up the gradient of the embedding over its chunks. cast_forward

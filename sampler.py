@@ -307,9 +307,10 @@ class Sampler:
         domain = np.repeat(np.arange(len(counts)), counts)  # in order; shuffled below
         place = np.arange(self.batch_size) - np.repeat(np.cumsum(counts) - counts, counts)  # among those of its domain
         epoch, index = np.divmod(drawn[domain] + place, n_windows[domain])
+        first = np.flatnonzero(np.diff(domain, prepend=-1) | np.diff(epoch, prepend=-1))  # of each (domain, epoch)
         keys = np.stack([round_keys(self.seed, self.dataset.domains[i], e)
-                         for i, e in zip(domain.tolist(), epoch.tolist())])
-        window = permute(index, n_windows[domain], keys)
+                         for i, e in zip(domain[first].tolist(), epoch[first].tolist())])
+        window = permute(index, n_windows[domain], np.repeat(keys, np.diff(first, append=self.batch_size), axis=0))
         shuffle = generator.permutation(self.batch_size)
         return domain[shuffle], window[shuffle], {"step": state["step"] + 1, "drawn": (drawn + counts).tolist()}
 
