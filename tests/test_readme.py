@@ -17,7 +17,7 @@ PIPELINE = COMMANDS[: [command.startswith("export_hf.py") for command in COMMAND
 
 
 def test_commands_run_on_a_small_data_set(tmp_path):
-    """Nothing is changed but where they read and write, and the size of the models."""
+    """Nothing is changed but where they read and write, the size of the models, and the share of the few documents."""
     texts = tmp_path / "data/demo-text"
     texts.mkdir(parents=True)
     for name, modules in {"short": "argparse inspect pickle typing", "middle": "doctest pdb pydoc subprocess tarfile",
@@ -25,7 +25,7 @@ def test_commands_run_on_a_small_data_set(tmp_path):
         sources = [inspect.getsource(__import__(module)) for module in modules.split()]
         (texts / f"{name}.txt").write_text("\n\n".join(sources))
     assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # tests/test_corpus.py runs it
-    small = {"train_reference.py": TINY, "train_large.py": TINY,
+    small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY,
              "train_doremi.py": [flag for flag in TINY if flag.startswith(("--eval", "--log", "--save", "--no-"))]}
     for command in PIPELINE[1:]:
         if command.startswith("export_hf.py"):
