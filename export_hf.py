@@ -1,0 +1,132 @@
+"""Export a finished run as a Hugging Face Llama model, for transformers, lm-eval, vLLM and others.
+
+reads   RUN/{config.json, ckpt.pt}, and the tokenizer of the run's data set
+writes  OUT_DIR/{config.json, model.safetensors, tokenizer.json, tokenizer_config.json}
+next    lm_eval --model hf --model_args pretrained=OUT_DIR --tasks lambada_openai
+
+Losses and token ids are the run's own, with one exception: in a text that contains the end-of-text mark, transformers
+reads that token, and prepare.py reads text. The tokenizer puts the end-of-text token first, as in training. lm-eval
+adds it again in tasks of rolling perplexity; give it add_bos_token=False there. llama.cpp cannot convert the tokenizer:
+it knows tokenizers by their hash.
+"""
+
+import json
+from pathlib import Path
+
+import tiktoken
+import torch
+
+import cli
+import runtime
+from cli import UserError
+from evaluate import data_tokenizer, load_runs
+from model import Transformer
+from prepare import staged
+from tokenizer import EOT, PATTERN, parse_ranks
+
+try:
+    import tokenizers
+    from safetensors.torch import save_file
+except ImportError as error:
+    tokenizers, missing = None, error.name
+
+
+def llama_config(shape, eot):
+    """shape: "model" of the run's config.json; eot: id of the end-of-text token."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
+        "vocab_size": shape["vocab_size"], "max_position_embeddings": shape["block_size"],
+        "num_hidden_layers": shape["n_layer"], "num_attention_heads": shape["n_head"],
+        "num_key_value_heads": shape["n_kv_head"], "head_dim": shape["n_embd"] // shape["n_head"],
+        "hidden_size": shape["n_embd"], "intermediate_size": shape["n_ffn"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "rope_theta": 10_000.0,  # transformers 4 reads this, transformers 5 the next line
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
+        "bos_token_id": eot, "eos_token_id": eot,
+    }  # fmt: skip
+
+
+def llama_parameters(model):
+    """{name: float32 tensor} as Llama has them.  The head is tied to the embedding and has no entry."""
+    found = {"embed_tokens": model.embedding.weight, "norm": model.norm.weight}
+    for i, block in enumerate(model.blocks):
+        E, H, G = block.attention.head_size, block.attention.n_head, block.attention.n_kv_head
+        q, k, v = block.attention.qkv.weight.split([H * E, G * E, G * E])
+        gate, up = block.ffn.gate_up.weight.chunk(2)
+        names = {"input_layernorm": block.attention_norm.weight, "post_attention_layernorm": block.ffn_norm.weight,
+                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
+                 "self_attn.o_proj": block.attention.out.weight,
+                 "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.ffn.down.weight}
+        found |= {f"layers.{i}.{name}": tensor for name, tensor in names.items()}
+    return {f"model.{name}.weight": tensor.detach().float().clone() for name, tensor in found.items()}
+
+
+def from_ranks(ranks, pattern, eot):
+    """A tokenizers.Tokenizer with tiktoken's ids.  ranks: {bytes: id}; pattern: how text is split into words.
+
+    tiktoken joins any two neighbours that form a token. A merge list joins only the pairs that it names, so this one
+    names every split of every token, in the order of their ranks.
+    """
+    letters = [chr(b) for b in range(256)]  # ByteLevel's name of each byte: a printable character
+    for i, b in enumerate([*range(33), *range(127, 161), 173]):
+        letters[b] = chr(256 + i)
+    name = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = [(name[token[:i]], name[token[i:]]) for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    vocabulary = {name[token]: rank for token, rank in ranks.items()} | {EOT: eot}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
+    # In Oniguruma, {1,3}+ repeats {1,3} where tiktoken's engine means "do not backtrack", and $ matches at line ends.
+    words = tokenizers.Regex(pattern.replace("{1,3}+", "{1,3}").replace("$", r"\z"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(words, "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
+def hf_tokenizer(dataset):
+    """The data set's tokenizer as a tokenizers.Tokenizer, and the name of its end-of-text token, which comes first."""
+    tokenizer, eot = data_tokenizer(dataset), dataset.meta["eot_token"]
+    kind = tokenizer.file[0] if tokenizer.file else tokenizer.name
+    if kind == "tokenizer.json":
+        made = tokenizers.Tokenizer.from_buffer(tokenizer.file[1])
+        made.no_truncation()
+        made.no_padding()
+    elif kind == "tokenizer.tiktoken":
+        made = from_ranks(parse_ranks(f"{dataset.directory}/{kind}"), PATTERN, eot)
+    elif kind == "bytes":
+        made = from_ranks({bytes([byte]): byte for byte in range(256)}, PATTERN, eot)
+    else:
+        encoding = tiktoken.get_encoding(kind)
+        made = from_ranks(encoding._mergeable_ranks, encoding._pat_str, eot)
+    name = made.id_to_token(eot)
+    made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A $B:1", special_tokens=[(name, eot)])
+    return made, name
+
+
+def main(argv=None):
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the directory to make")
+    parser.add_argument("--data_dir", help="the run's data set, for its tokenizer (default: where it was in training)")
+    args = parser.parse_args(argv)
+    if not tokenizers:
+        raise UserError(f"export_hf.py needs the package {missing}: pip install 'nanodoremi[hf]'")
+    [(config, parameters)], dataset = load_runs([args.run], args.data_dir)
+    model = Transformer.load(config, parameters, torch.float32)
+    tokenizer, eot = hf_tokenizer(dataset)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
+                "model_max_length": config["model"]["block_size"], "clean_up_tokenization_spaces": False}
+    with staged(args.out_dir) as folder:
+        for name, values in (("config.json", llama_config(config["model"], dataset.meta["eot_token"])),
+                             ("tokenizer_config.json", settings)):
+            runtime.write_atomically(folder / name, json.dumps(values, indent=2) + "\n")
+        save_file(llama_parameters(model), folder / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save(str(folder / "tokenizer.json"))
+    print(f"written: {args.out_dir}, {config['n_params']:,} parameters")
+
+
+if __name__ == "__main__":
+    cli.run(main)
