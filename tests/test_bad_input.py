@@ -140,8 +140,7 @@ EVEN = {"counting": 1, "simple": 1, "rich": 1, "small": 1}
     ({"train_domain_weights": {**EVEN, "rich": None}}, ["'rich'"]), ({**EVEN, "rich": "1"}, ["'rich'"]),
     ({**EVEN, "rich": True}, ["'rich'"]), (dict.fromkeys(EVEN, 0), ["zero"]), ([0.25] * 4, []), ("{,", []), ("", [])])
 def test_weights_in_a_file(tmp_path, world, content, mentions):
-    path = tmp_path / "my_weights.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    (path := tmp_path / "my_weights.json").write_text(content if isinstance(content, str) else json.dumps(content))
     for refusal, run in [(reference_refused, world.data), (proxy_refused, world.reference)]:
         refusal(tmp_path, run, f"--sampling_weights={path}", mentions=[str(path), *mentions])
 
@@ -201,8 +200,7 @@ def test_broken_reference(tmp_path, world, spoil, mentions):
 
 def test_existing_run_is_not_overwritten(tmp_path, world):
     shutil.copytree(world.reference, tmp_path / "out")
-    for flags in ([], ["--seed=2"]):
-        reference_refused(tmp_path, world.data, *flags, mentions=[str(tmp_path / "out"), "--resume"])
+    reference_refused(tmp_path, world.data, "--seed=2", mentions=[str(tmp_path / "out"), "--resume"])
 
 
 @pytest.mark.parametrize("flag", ["--seed=2", "--batch_size=24", "--max_steps=24", "--learning_rate=0.1", "--n_layer=2",
@@ -273,8 +271,7 @@ def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
 @pytest.mark.parametrize("file", ["flags.txt", "config.json", "ckpt.pt", "doremi_domain_weights_4.pt"])
 def test_full_disk(tmp_path, world, file):
     """What a file is written to before it is renamed is led to /dev/full, where the kernel refuses every byte."""
-    out = tmp_path / "out"
-    out.mkdir()
+    (out := tmp_path / "out").mkdir()
     (out / f".{file}.tmp").symlink_to("/dev/full")
     flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={out}"]
     assert_one_line("train_doremi.py", run_here("train_doremi.py", *flags, status=2), [str(out / file)],
