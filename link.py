@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, positive, run
-from prepare import ABOUT, folder_name, print_table, staged, write_meta
+from prepare import ABOUT, print_table, staged, write_meta
+from sampler import folder_name
 from tokenizer import load_tokenizer, optional
 
 KINDS = (".bin", ".ds", ".parquet")

@@ -13,7 +13,6 @@ import zstandard
 from prepare_tools import TEXTS, contents, prepare_in, prose, read_set, sides, write_texts
 
 import link
-import prepare
 import sampler
 import tokenizer as tokens
 from cli import UserError
@@ -260,5 +259,5 @@ def test_bad_token_files(tmp_path, gpt2, name):
 
 def test_folder_names_are_injective_and_safe():
     names = ["a/b", "a%2Fb", "a b", "Wikipedia (en)", "ä", "a\\b", "a:b"]
-    folders = [prepare.folder_name(name) for name in names]
+    folders = [sampler.folder_name(name) for name in names]
     assert len(set(folders)) == len(names) and folders[2:4] == names[2:4] and not set("/\\:") & set("".join(folders))

@@ -165,7 +165,8 @@ def test_tasks_of_ones_own(place, tmp_path):
 @pytest.mark.parametrize("line, message", [
     ('{"context": "a"', "line 2"), ('{"context": "a"}', "has no 'answer'"), ("[1]", "line 2"), ("", "line 2"),
     ('{"context": "a", "answer": ""}', "empty"), ('{"context": 1, "answer": "b"}', "not a string"),
-    ('{"context": "a", "answer": "\\ud800"}', "surrogate"), ('{"context": "a", "choices": ["b"], "gold": 0}', "or more"),
+    ('{"context": "a", "answer": "\\ud800"}', "surrogate"),
+    ('{"context": "a", "choices": ["b"], "gold": 0}', "or more"),
     ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2"),
     ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true"),
 ])  # fmt: skip
