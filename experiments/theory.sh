@@ -20,7 +20,7 @@ for steps in $lengths; do
             common="--max_steps=$steps --eval_interval=$steps --eval_windows=128 --save_interval=$steps --resume $compile"
             "$python" "$code/train_reference.py" --data_dir="$data" --sampling_weights="$out/weights/$reference.json" \
                 --block_size=64 --batch_size=24 --n_layer=2 --n_head=2 --n_kv_head=1 --n_embd=32 --n_ffn=96 \
-                --seed="$seed" --out_dir="$run/reference" $common
+                --dtype=float32 --seed="$seed" --out_dir="$run/reference" $common
             case $reference in up | down) continue ;; esac
             "$python" "$code/train_doremi.py" --reference="$run/reference" --step_size=1 --seed=$((seed + 1)) \
                 --out_dir="$run/proxy" $common
