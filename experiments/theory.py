@@ -123,7 +123,7 @@ def measure(data_dir, out_dir, results):
 
 def read(results):
     lines = [json.loads(text) for text in Path(results).read_text().splitlines()]
-    return [{k: np.array(v) if isinstance(v, list) and k != "domains" else v for k, v in line.items()} for line in lines]
+    return [{key: np.array(value) if isinstance(value, list) else value for key, value in line.items()} for line in lines]
 
 
 # ---- reporting

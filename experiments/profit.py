@@ -1,0 +1,184 @@
+"""What DoReMi gains: collect the runs of profit.sh, print the tables and draw the figure of docs/results.md.
+
+    python experiments/profit.py weights MIXTURE DATA_DIR THEORY_DIR/STEPS SEED FILE.json   (profit.sh does it)
+    python experiments/profit.py collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
+    python experiments/profit.py report RESULTS [FIGURE.png]     from RESULTS alone
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+LABELS = {
+    "natural": "natural", "temperature-0.7": "temperature 0.7", "temperature-0.5": "temperature 0.5",
+    "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
+    "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
+    "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-last-half": "DoReMi, last half",
+    "doremi-6400": "DoReMi, 6,400 steps",
+}
+FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
+PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
+         ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-last-half"), ("doremi-uniform", "uniform"))
+
+
+# ---- the arithmetic: arrays in, numbers out
+
+
+def reversed_tilt(answer, r):
+    """The mixture that departs from r the other way: r^2 / answer, normalised."""
+    opposite = r**2 / answer
+    return opposite / opposite.sum()
+
+
+def tokens_to_reach(tokens, loss, target):
+    """Tokens at which the loss first reaches the target, linear between evaluations; NaN if it never does."""
+    below = np.flatnonzero(loss <= target)
+    if not len(below):
+        return np.nan
+    i = below[0]
+    if i == 0:
+        return float(tokens[0])
+    part = (loss[i - 1] - target) / (loss[i - 1] - loss[i])
+    return float(tokens[i - 1] + part * (tokens[i] - tokens[i - 1]))
+
+
+def above_front(front, point):
+    """How far a point's unweighted mean lies above the front at its token-weighted mean; below 0, it beats the front.
+
+    front: (N, 2) of (token-weighted, unweighted) means; straight lines between them; NaN outside their range.
+    """
+    order = np.argsort(front[:, 0])
+    return point[1] - np.interp(point[0], front[order, 0], front[order, 1], left=np.nan, right=np.nan)
+
+
+# ---- mixtures and runs
+
+
+def mixture_weights(mixture, counts, theory, seed):
+    """(K,) of one of LABELS.  theory: THEORY_DIR/STEPS, the prefix of theory.sh's runs."""
+    natural = counts / counts.sum()
+    kind, _, power = mixture.partition("-")
+    if mixture in FRONT:
+        weights = counts ** {"natural": 1, "uniform": 0}.get(mixture, float(power or 0))
+    elif mixture == "uniform+natural":
+        weights = (natural + 1 / len(natural)) / 2
+    else:
+        steps = 6400 if power == "6400" else int(Path(theory).name)
+        reference = "uniform" if power == "uniform" else "natural"
+        proxy = Path(theory).parent / f"{steps}-{reference}-{seed}" / "proxy"
+        history = torch.load(proxy / f"doremi_domain_weights_{steps}.pt", weights_only=True)
+        alpha = torch.stack([entry["domain_weights"] for entry in history]).double().numpy()
+        weights = alpha[len(alpha) // 2 if power == "last-half" else 0 :].mean(axis=0)
+        if power == "reversed-tilt":
+            weights = reversed_tilt(weights, natural)
+    return weights / weights.sum()
+
+
+def collect(out_dir, results):
+    lines = []
+    for run in sorted(path.parent for path in out_dir.glob("*/done")):
+        mixture, _, seed = run.name.rpartition("-")
+        config = json.loads((run / "config.json").read_text())
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        evaluations = [line for line in logged if "val_loss" in line]
+        counts = np.array(list(config["data"]["train_tokens"].values()), dtype=float)
+        losses = np.array([[line["val_loss"][name] for name in config["domains"]] for line in evaluations])
+        lines.append({"mixture": mixture, "seed": int(seed), "n_params": config["n_params"],
+                      "domains": config["domains"], "natural": np.round(counts / counts.sum(), 5).tolist(),
+                      "weights": np.round(list(config["sampling_weights"].values()), 5).tolist(),
+                      "tokens": [line["tokens"] for line in evaluations],
+                      "unweighted": np.round(losses.mean(axis=1), 5).tolist(),
+                      "weighted": np.round(losses @ (counts / counts.sum()), 5).tolist(),
+                      "loss": np.round(losses[-1], 5).tolist()})
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# ---- reporting
+
+
+def spread(values):
+    """Mean and standard deviation over seeds, as text."""
+    values = np.array(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return "never"
+    return f"{values.mean():+.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+
+
+def report(results, figure=None):
+    runs = {}
+    for text in Path(results).read_text().splitlines():
+        line = json.loads(text)
+        runs[line["mixture"], line["seed"]] = {k: np.array(v) if isinstance(v, list) else v for k, v in line.items()}
+    seeds = sorted({seed for mixture, seed in runs if mixture == "natural"})
+    first = runs["natural", seeds[0]]
+    print(f"{first['n_params']:,} parameters, {first['tokens'][-1] / first['n_params']:.0f} tokens per parameter\n\n"
+          "| trained on | domains better than natural, by seed | mean loss | token-weighted mean | worst domain "
+          "| tokens to natural's last mean loss | above the temperatures' front |\n|" + " --- |" * 7)
+    points = {}
+    for mixture, label in LABELS.items():
+        here = [seed for seed in seeds if (mixture, seed) in runs]
+        if not here:
+            continue
+        better, delta, pace, front = [], [], [], []
+        for seed in here:
+            run, base = runs[mixture, seed], runs["natural", seed]
+            better.append(int((run["loss"] < base["loss"]).sum()))
+            delta.append([run["unweighted"][-1] - base["unweighted"][-1], run["weighted"][-1] - base["weighted"][-1],
+                          run["loss"].max() - base["loss"].max()])
+            pace.append(tokens_to_reach(run["tokens"], run["unweighted"], base["unweighted"][-1]) / base["tokens"][-1])
+            ends = [runs[name, seed] for name in FRONT if (name, seed) in runs]
+            line = np.array([[end["weighted"][-1], end["unweighted"][-1]] for end in ends])
+            front.append(above_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
+        delta = np.array(delta)
+        points[mixture] = delta
+        print(f"| {label} | {', '.join(map(str, better))} | " + " | ".join(spread(column) for column in delta.T) +
+              f" | {spread(pace).lstrip('+')} | {'' if mixture in FRONT else spread(front)} |")
+    print("\n| paired over seeds | mean loss | token-weighted mean |\n| --- | --- | --- |")
+    for one, other in PAIRS:
+        both = [seed for seed in seeds if (one, seed) in runs and (other, seed) in runs]
+        if both:
+            change = [spread([runs[one, seed][key][-1] - runs[other, seed][key][-1] for seed in both])
+                      for key in ("unweighted", "weighted")]
+            print(f"| {LABELS[one]}, minus {LABELS[other]} | {change[0]} | {change[1]} |")
+    if figure:
+        draw(figure, points)
+
+
+def draw(path, points):
+    """The plane of the two means, relative to natural: the temperatures' front, and everything else with error bars."""
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    centre = {mixture: delta.mean(axis=0) for mixture, delta in points.items()}
+    front = np.array([centre[name] for name in FRONT if name in centre])
+    axes.plot(front[:, 1], front[:, 0], color="grey", marker="o", label="temperatures, 1 (natural) to 0 (uniform)")
+    for mixture, delta in points.items():
+        if mixture in FRONT:
+            continue
+        error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(3)
+        axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker="s", linestyle="",
+                      label=LABELS[mixture])
+    axes.set(xlabel="change of the token-weighted mean loss (nats), from natural",
+             ylabel="change of the unweighted mean loss (nats), from natural")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "weights":
+        mixture, data_dir, theory, seed, path = rest
+        meta = json.loads((Path(data_dir) / "meta.json").read_text())["domains"]
+        counts = np.array([domain["train_tokens"] for domain in meta.values()], dtype=float)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        weights = mixture_weights(mixture, counts, theory, int(seed))
+        Path(path).write_text(json.dumps(dict(zip(meta, weights.tolist()))))
+    elif what == "collect":
+        collect(Path(rest[0]), Path(rest[1]))
+    elif what == "report":
+        report(*rest)
+    else:
+        sys.exit(__doc__)
