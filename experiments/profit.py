@@ -61,7 +61,7 @@ def above_front(front, point):
 def mixture_weights(mixture, counts, theory, seed):
     """(K,) of one of LABELS.  theory: THEORY_DIR/STEPS, the prefix of theory.sh's runs."""
     natural = counts / counts.sum()
-    kind, _, power = mixture.partition("-")
+    power = mixture.partition("-")[2]
     if mixture in FRONT:
         weights = counts ** {"natural": 1, "uniform": 0}.get(mixture, float(power or 0))
     elif mixture == "uniform+natural":

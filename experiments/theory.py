@@ -123,7 +123,7 @@ def measure(data_dir, out_dir, results):
 
 def read(results):
     lines = [json.loads(text) for text in Path(results).read_text().splitlines()]
-    return [{key: np.array(value) if isinstance(value, list) else value for key, value in line.items()} for line in lines]
+    return [{k: np.array(v) if isinstance(v, list) else v for k, v in line.items()} for line in lines]
 
 
 # ---- reporting
@@ -155,8 +155,8 @@ def report(results, figure=None):
 
     points, log_r, log_alpha = {}, {}, {}
     print("\n| steps | slope of log alpha on log r | R2 | tilt: correlation between references | between seeds "
-          "| domain's loss on its log share, R2 | predicted tilt: R2 | correlation | TV of the prediction | TV of r |\n|"
-          + " --- |" * 10)
+          "| domain's loss on its log share, R2 | predicted tilt: R2 | correlation | TV of the prediction | TV of r |\n"
+          + "|" + " --- |" * 10)
     for steps in lengths:
         if any(not len(of(steps, name, "r")) for name in names) or len(names) < 2:
             continue
