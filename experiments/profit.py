@@ -18,7 +18,7 @@ LABELS = {
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
     "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
     "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-last-half": "DoReMi, last half",
-    "doremi-6400": "DoReMi, 6,400 steps",
+    "doremi-1600": "DoReMi, 1,600 steps",
 }
 FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
 PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
@@ -67,7 +67,7 @@ def mixture_weights(mixture, counts, theory, seed):
     elif mixture == "uniform+natural":
         weights = (natural + 1 / len(natural)) / 2
     else:
-        steps = 6400 if power == "6400" else int(Path(theory).name)
+        steps = int(power if power.isdigit() else Path(theory).name)
         reference = "uniform" if power == "uniform" else "natural"
         proxy = Path(theory).parent / f"{steps}-{reference}-{seed}" / "proxy"
         history = torch.load(proxy / f"doremi_domain_weights_{steps}.pt", weights_only=True)
