@@ -70,7 +70,7 @@ def add_data_and_model_flags(parser, defaults):
         "token_count, temperature:P (token_count ** P), unimax:EPOCHS, FILE.json, numbers such as 0.2,0.8, or the mean "
         "of several of these: uniform+token_count "
         f"(default: {defaults.get('sampling_weights', 'none, it must be given')})")
-    add("--block_size", type=positive, default=256, help="context in tokens (default: %(default)s)")
+    add("--block_size", type=positive, default=64, help="context in tokens (default: %(default)s)")
     for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),
                           ("n_embd", "width"), ("n_ffn", "hidden width of the feed-forward")]:
         add(f"--{name}", type=positive, help=f"{meaning} (default: %(default)s)")
@@ -85,8 +85,8 @@ def add_optimization_flags(parser, inherited=False):
         choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
 
-    add("--max_steps", positive, 1000, "optimizer steps")
-    add("--batch_size", positive, 16, "sequences per step over all ranks")
+    add("--max_steps", positive, 4000, "optimizer steps")
+    add("--batch_size", positive, 24, "sequences per step over all ranks")
     add("--learning_rate", non_negative, 3e-3, "peak learning rate")
     add("--min_lr", non_negative, None, "last learning rate", "a tenth of the peak")
     add("--lr_schedule", ["cosine", "exponential"], "cosine", "decay after warm-up; exponential is the paper's")
@@ -106,21 +106,24 @@ MACHINE_FLAGS = ("resume", "device", "compile", "micro_batch_size", "activation_
 PATH_FLAGS = ("out_dir", "data_dir", "sampling_weights", "reference")
 
 
-def add_machine_flags(parser, out_dir):
-    """Flags that do not change what is computed (up to the order of floating-point sums), except --dtype."""
+def add_machine_flags(parser, out_dir, inherited=False):
+    """Flags that do not change what is computed (up to the order of floating-point sums), except --dtype.
+
+    inherited: --dtype defaults to what the reference's run used."""
     add = parser.add_argument_group("machine").add_argument
     add("--out_dir", default=out_dir, help="the run's directory (default: %(default)s)")
     add("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     add("--device", default="auto", help="cpu, cuda, mps (default: cuda if there is one, else cpu)")
     add("--dtype", choices=["auto", "bfloat16", "float32", "float64"], default="auto",
-        help="of the computation (default: bfloat16 if the hardware multiplies it, else float32)")
+        help="of the computation (default: " + ("the reference's)" if inherited else
+                                                "bfloat16 on GPUs that multiply it, else float32)"))
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: if the run is long)")
     add("--micro_batch_size", type=positive, help="sequences per forward pass and rank (default: all of the rank's)")
     add("--activation_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="compute each block again in the backward pass: less memory, a third more time (default: no)")
     add("--log_interval", type=positive, default=10, help="steps between lines of metrics (default: %(default)s)")
-    add("--eval_interval", type=positive, default=200, help="steps between evaluations (default: %(default)s)")
-    add("--eval_windows", type=natural, default=64,
+    add("--eval_interval", type=positive, default=500, help="steps between evaluations (default: %(default)s)")
+    add("--eval_windows", type=natural, default=128,
         help="validation windows per domain, spread over val.bin; 0: all (default: %(default)s)")
     add("--save_interval", type=positive, default=500, help="steps between checkpoints (default: %(default)s)")
     add("--timeout", type=positive, default=600,

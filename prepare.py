@@ -29,7 +29,6 @@ import re
 import shutil
 import signal
 import sys
-import urllib.parse
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import ArgumentParser, UserError, fraction, positive, run
+from sampler import folder_name
 from tokenizer import EOT, EOT_NAMES, cut, load_tokenizer, optional
 
 MARK = EOT.encode()  # between the documents of a .txt file
@@ -215,11 +215,6 @@ def sample_texts(documents, val_fraction):
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def folder_name(domain):
-    """Return the name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
-    return urllib.parse.quote(domain, safe=" ()")
-
-
 @contextlib.contextmanager
 def staged(out_dir):
     """Make a folder that becomes out_dir when the block ends, and is removed if the block fails or is stopped."""
@@ -322,9 +317,9 @@ def parse_args():
     data("--max_bytes", type=positive, help="bytes of text to take in all, shared out over the files (default: all)")
     data("--val_fraction", type=fraction, default=0.05, help="share of documents held out (default: %(default)s)")
     tokens = parser.add_argument_group("tokens").add_argument
-    tokens("--tokenizer", default="train:2048", help="train:N trains one of N tokens, end of text included, on equal "
+    tokens("--tokenizer", default="train:512", help="train:N trains one of N tokens, end of text included, on equal "
            "parts of all domains; a tiktoken name such as gpt2; FILE.tiktoken; a tokenizer.json; bytes (default: "
-           "%(default)s, which suits small models)")  # fmt: skip
+           "%(default)s, which suits the demo's small models)")  # fmt: skip
     tokens("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the first of {', '.join(EOT_NAMES)})")
     machine = parser.add_argument_group("machine").add_argument
     machine("--workers", type=positive, default=os.cpu_count(), help="threads (default: one per core)")

@@ -9,6 +9,7 @@ Dimensions: K domains, B sequences of the global batch, T tokens of a window (bl
 
 import hashlib
 import json
+import urllib.parse
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Dataset:
 
 
 def load_dataset(directory, block_size):
-    """Maps data/NAME as windows of block_size + 1 tokens.  Raises UserError for whatever does not fit meta.json."""
+    """Map data/NAME as windows of block_size + 1 tokens.  Raises UserError for whatever does not fit meta.json."""
     path = Path(directory) / "meta.json"
     try:
         meta = json.loads(path.read_text())
@@ -99,19 +100,30 @@ def load_dataset(directory, block_size):
         raise UserError(f"{path} names no domain; prepare the data set again")
     if meta["vocab_size"] - 1 > np.iinfo(dtype).max:
         raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit the dtype {meta['dtype']}")
-    splits = {split: tuple(map_windows(path.parent / name / f"{split}.bin", n_tokens, dtype, block_size)
-                           for name, n_tokens in zip(domains, sizes[split])) for split in ("train", "val")}
-    return Dataset(str(directory), meta, block_size, domains, splits["train"], splits["val"])
+    splits = {split: [] for split in sizes}
+    for split, windows in splits.items():
+        for name, n_tokens in zip(domains, sizes[split]):
+            size = meta["domains"][name].get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see link.py
+            file = path.parent / folder_name(name) / f"{split}.bin"
+            windows.append(map_windows(file, size, n_tokens, dtype, block_size))
+    return Dataset(str(directory), meta, block_size, domains, tuple(splits["train"]), tuple(splits["val"]))
 
 
-def map_windows(path, n_tokens, dtype, block_size):
-    """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1)."""
+def folder_name(domain):
+    """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
+    return urllib.parse.quote(domain, safe=" ()")
+
+
+def map_windows(path, size, n_tokens, dtype, block_size):
+    """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1).
+
+    size: the bytes that the file must have; n_tokens: how many of its tokens are used, from the start.
+    """
     if not path.exists():
         raise UserError(f"{path} is missing, though meta.json lists it; prepare the data set again")
-    expected, found = n_tokens * dtype.itemsize, path.stat().st_size
-    if found != expected:
-        raise UserError(f"{path} has {found:,} bytes where meta.json promises {expected:,} ({n_tokens:,} tokens of "
-                        f"{dtype.itemsize} bytes): it is truncated or foreign; prepare the data set again")
+    if (found := path.stat().st_size) != size:
+        raise UserError(f"{path} has {found:,} bytes where meta.json promises {size:,}: it is truncated or not the "
+                        "prepared file; prepare the data set again")
     n = (n_tokens - 1) // block_size
     if n < 1:
         raise UserError(f"{path}: domain '{path.parent.name}' has {n_tokens:,} tokens in {path.name}, fewer than one "
@@ -307,9 +319,10 @@ class Sampler:
         domain = np.repeat(np.arange(len(counts)), counts)  # in order; shuffled below
         place = np.arange(self.batch_size) - np.repeat(np.cumsum(counts) - counts, counts)  # among those of its domain
         epoch, index = np.divmod(drawn[domain] + place, n_windows[domain])
+        first = np.flatnonzero(np.diff(domain, prepend=-1) | np.diff(epoch, prepend=-1))  # of each (domain, epoch)
         keys = np.stack([round_keys(self.seed, self.dataset.domains[i], e)
-                         for i, e in zip(domain.tolist(), epoch.tolist())])
-        window = permute(index, n_windows[domain], keys)
+                         for i, e in zip(domain[first].tolist(), epoch[first].tolist())])
+        window = permute(index, n_windows[domain], np.repeat(keys, np.diff(first, append=self.batch_size), axis=0))
         shuffle = generator.permutation(self.batch_size)
         return domain[shuffle], window[shuffle], {"step": state["step"] + 1, "drawn": (drawn + counts).tolist()}
 

@@ -149,4 +149,4 @@ def optional(module, what):
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{what}: needs the package {module.split('.')[0]}: pip install 'nanodoremi[hub]'") from None
+        raise UserError(f"{what}: needs the package {module.split('.')[0]}: pip install '.[hub]'") from None

@@ -28,7 +28,7 @@ def parse_args():
         help="what batches are drawn from, as in stage 1 (default: %(default)s, the paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
     optimization = cli.add_optimization_flags(parser, inherited=True)
-    cli.add_machine_flags(parser, "checkpoints/proxy")
+    cli.add_machine_flags(parser, "checkpoints/proxy", inherited=True)
     flags = runtime.read_config(parser.parse_args().reference)["flags"]
     inherited = {name: flags[name] for name in (*optimization, "data_dir", "dtype")}
     parser.set_defaults(**inherited | {"seed": flags["seed"] + 1})  # not the reference's initial parameters

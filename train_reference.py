@@ -15,7 +15,7 @@ from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
 DEFAULTS = {"out_dir": "checkpoints/reference", "sampling_weights": "token_count",
-            "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 64, "n_ffn": 192}
+            "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "n_ffn": 96}
 
 
 def parse_args(description, defaults):

@@ -1,17 +1,26 @@
 """What several tests share: a small data set with known structure, and running a script as a person would."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import runtime
+from sampler import Sampler, load_dataset
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 VOCAB = 64
 TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
         "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4",
@@ -64,8 +73,26 @@ def data_dir(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "synthetic", streams)
 
 
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory):
+    """Three domains whose tokens tell where they are from: domain i counts up from 10,000 i. Windows of 8 + 1."""
+    streams = {name: (10_000 * i + np.arange(8 * n + 1), 10_000 * i + 5_000 + np.arange(8 * m + 5))
+               for i, (name, n, m) in enumerate([("a", 7, 5), ("b", 50, 3), ("c", 23, 9)])}
+    return load_dataset(write_dataset(tmp_path_factory.mktemp("data") / "numbered", streams, vocab_size=40_000), 8)
+
+
+def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
+    """The next n batches of a fresh sampler, from `state` on if there is one, and the state after them."""
+    s = Sampler(dataset, weights, batch_size, seed, **ranks)
+    if state is not None:
+        s.load_state_dict(state)
+    batches = [s.next_batch() for _ in range(n)]
+    s.close()
+    return batches, s.state_dict()
+
+
 def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
-    """Runs a script of the project as a subprocess with one thread per rank. Returns the CompletedProcess."""
+    """Run a script of the project as a subprocess with one thread per rank.  Return the CompletedProcess."""
     launcher = [sys.executable]
     if ranks > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -73,6 +100,31 @@ def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
                             timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def run_here(script, *flags, status=0):
+    """Run a script in this process, as `python script flags` would: a run costs its steps, not seconds of imports.
+
+    Return its returncode, which must be `status`, stdout and stderr.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, torch.get_num_threads(), runtime.matmul_peak
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv, runtime.matmul_peak = [str(script), *map(str, flags)], lambda *_: 1e12  # a second's measurement
+    torch.set_num_threads(1)
+    found = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as error:
+        found = error.code or 0
+    finally:
+        sys.argv, _, runtime.matmul_peak = before
+        torch.set_num_threads(before[1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert found == status, err.getvalue()
+    return SimpleNamespace(returncode=found, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def read_metrics(run_dir):

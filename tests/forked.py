@@ -1,9 +1,10 @@
 """Runs the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
 
-The ranks are real processes that meet over gloo, as under torchrun. What a process does differently from one started by
-hand is asked for by `kill` (it dies at a chosen point) and `record` (it notes its batches and gradients).
+The ranks are real processes that meet over gloo, as under torchrun. A process differs from one started by hand only
+where `kill` (it dies at a chosen point) or `record` (it notes batches, gradients, shards, and waits) asks for it.
 """
 
+import io
 import multiprocessing
 import os
 import runpy
@@ -21,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "pytest", "report", "cli", "checkpoint", "model", "sampler",
-           "runtime", "forked"]
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch._dynamo", "pytest", "cli", "model", "sampler", "runtime", "forked"]
 
 
 def context():
@@ -36,16 +36,17 @@ def context():
 
 
 class Job:
-    """A script that is running as `ranks` processes."""
+    """A script that is running as `ranks` processes on `nodes` nodes.  In flags, {rank} becomes the rank's number."""
 
-    def __init__(self, script, *flags, ranks=1, kill=None, record=None):
+    def __init__(self, script, *flags, ranks=1, nodes=1, kill=None, record=None):
         ctx, self.log = context(), tempfile.NamedTemporaryFile("w+", prefix="forked")  # noqa: SIM115
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        flags = [str(flag) for flag in flags]
-        self.processes = [ctx.Process(target=work, args=(script, flags, rank, ranks, port, self.log.name, kill, record))
-                          for rank in range(ranks)]
+        self.processes = [
+            ctx.Process(target=work, args=(script, [str(flag).replace("{rank}", str(rank)) for flag in flags], rank,
+                                           ranks, ranks // nodes, port, self.log.name, kill, record))
+            for rank in range(ranks)]
         for process in self.processes:
             process.start()
 
@@ -71,37 +72,35 @@ class Job:
         return Path(self.log.name).read_text()
 
 
-def run_forked(script, *flags, ranks=1, kill=None, record=None, status=0):
-    """Runs a script to its end, which must be `status` (-9: killed).  Returns its output.
+def run_forked(script, *flags, status=0, **options):
+    """Run a script to its end, which must be `status` (-9: killed).  Return its output.
 
-    kill: (point, n), see `arm`; record: a path, to which rank r saves PATH.r, see `note`.
+    options: ranks, nodes; kill: (point, n), see `arm`; record: a path, to which rank r saves PATH.r, see `note`.
     """
-    job = Job(script, *flags, ranks=ranks, kill=kill, record=record)
+    job = Job(script, *flags, **options)
     found = job.wait()
     assert found == status, f"status {found}, expected {status}: {job.output()}"
     return job.output()
 
 
-def work(script, flags, rank, ranks, port, log, kill, record):
+def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    import checkpoint
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local_ranks), WORLD_SIZE=str(ranks),
+                      LOCAL_WORLD_SIZE=str(local_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import runtime
 
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
     runtime.matmul_peak = lambda *_: 1e12  # a second's measurement, which only the mfu needs
     if kill and rank == 0:
-        arm(runtime, checkpoint, *kill)
-    notes = note(runtime) if record else None
+        arm(runtime, *kill)
+    if record:
+        note(runtime, f"{record}.{rank}")
     sys.argv = [script, *flags]
     runpy.run_path(str(ROOT / script), run_name="__main__")
-    if record:
-        torch.save(notes, f"{record}.{rank}")
 
 
 def on_call(owner, name, n, action):
@@ -119,14 +118,13 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(runtime, checkpoint, point, n):
-    """Makes this process kill itself at the n-th passage of a point.
+def arm(runtime, point, n):
+    """Make this process kill itself at the n-th passage of a point.
 
     step: gradients are there, the optimizer has not moved.   update: the optimizer has moved, nothing is written.
     line: half a line of metrics is written.                  bytes: half of a checkpoint or history is written.
     flushed: a file is written and flushed, not yet renamed.  renamed: a file has just been renamed into its place.
-    ahead: training has gone on to the next save, or to the end, and the n-th checkpoint is not yet renamed.
-    term: SIGTERM, once the n-th step is recorded.
+    SIGTERM, SIGINT: no kill but this signal, once the n-th step is recorded.
     """
     if point == "step":
         on_call(runtime, "clip_gradients", n, die)
@@ -140,11 +138,9 @@ def arm(runtime, checkpoint, point, n):
         on_call(runtime.Run, "write", n, half_a_line)
     elif point == "bytes":
         def half_a_file(save, state, file):
-            whole = tempfile.TemporaryFile()  # noqa: SIM115
+            whole = io.BytesIO()
             save(state, whole)
-            size = whole.tell()
-            whole.seek(0)
-            file.write(whole.read(size // 2))
+            file.write(whole.getvalue()[: whole.tell() // 2])
             file.flush()
             die()
         on_call(torch, "save", n, half_a_file)
@@ -152,38 +148,52 @@ def arm(runtime, checkpoint, point, n):
         on_call(os, "replace", n, die)
     elif point == "renamed":
         on_call(os, "replace", n, lambda replace, *paths: (replace(*paths), die()))
-    elif point == "ahead":
-        def held(save, writer, *args, **kwargs):
-            writer.wait()
-            os.replace = lambda *_: time.sleep(600)
-            save(writer, *args, **kwargs)
-            checkpoint.CheckpointWriter.wait = die
-        on_call(checkpoint.CheckpointWriter, "save", n, held)
-    elif point == "term":
-        on_call(runtime.Run, "record", n, lambda record, *a: (record(*a), os.kill(os.getpid(), signal.SIGTERM)))
     else:
-        raise ValueError(point)
+        number = signal.Signals[point]
+        on_call(runtime.Run, "record", n, lambda record, *a, **k: (record(*a, **k), os.kill(os.getpid(), number)))
 
 
-def note(runtime):
-    """Notes of every step, as the product goes: this rank's "tokens" (b, T + 1) and "domain" (b,) as they are fed to
-    the model, and the "gradients" {name: tensor} of the global batch before they are clipped."""
-    notes = {"tokens": [], "domain": [], "gradients": []}
-    to_device, clip = runtime.Machine.to_device, runtime.clip_gradients
+def note(runtime, path):
+    """Save to `path` what this rank did:
 
-    def noted_batches(self, batch, micro_batch_size):
-        micro_batches = to_device(self, batch, micro_batch_size)
-        assert all(len(tokens) == micro_batch_size for tokens, _ in micro_batches)
-        notes["tokens"].append(torch.cat([tokens for tokens, _ in micro_batches]))
-        notes["domain"].append(torch.cat([domain for _, domain in micro_batches]))
-        return micro_batches
+    tokens (b, T + 1) and domain (b,) per step, as they are fed to the model;  gradients {name: tensor} per step, of the
+    global batch, before they are clipped;  held: bytes of parameters and moments on this rank;  waits [(step, method)]:
+    where Python read a number off a tensor, which is where a GPU would have to be waited for.
+    """
+    notes = {"tokens": [], "domain": [], "gradients": [], "held": 0, "waits": []}
+    micro_batches, clip, close = runtime.Machine.micro_batches, runtime.clip_gradients, runtime.Run.close
+    here, step = threading.main_thread(), [0]
+
+    def noted_batches(self, batch, size):
+        found = micro_batches(self, batch, size)
+        assert all(len(tokens) == size for tokens, _ in found)
+        notes["tokens"].append(torch.cat([tokens for tokens, _ in found]))
+        notes["domain"].append(torch.cat([domain for _, domain in found]))
+        step[0] += 1
+        return found
 
     def noted_gradients(model, *args):
-        notes["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters()})
+        notes["gradients"].append({name: getattr(p.grad, "full_tensor", p.grad.clone)()
+                                   for name, p in model.named_parameters()})
+        notes["held"] = sum(t.numel() * t.element_size() for p in model.parameters()
+                            for t in [getattr(p, "to_local", p.detach)()])
         return clip(model, *args)
 
-    runtime.Machine.to_device, runtime.clip_gradients = noted_batches, noted_gradients
-    return notes
+    def noted_close(run, last):
+        torch.save(notes, path)
+        close(run, last)
+
+    def noted_wait(method, original):
+        def replacement(self, *args):
+            if threading.current_thread() is here:
+                notes["waits"].append((step[0], method))
+            return original(self, *args)
+        return replacement
+
+    runtime.Machine.micro_batches, runtime.clip_gradients, runtime.Run.close = (
+        noted_batches, noted_gradients, noted_close)
+    for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
+        setattr(torch.Tensor, method, noted_wait(method, getattr(torch.Tensor, method)))
 
 
 def distance(a, b):

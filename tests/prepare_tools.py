@@ -12,6 +12,7 @@ import sys
 import numpy as np
 
 import prepare
+import sampler
 import tokenizer
 
 EOT = "<|endoftext|>"
@@ -63,7 +64,7 @@ def read_set(folder):
     for domain, entry in meta["domains"].items():
         texts[domain] = {}
         for side in ("train", "val"):
-            path = folder / prepare.folder_name(domain) / f"{side}.bin"
+            path = folder / sampler.folder_name(domain) / f"{side}.bin"
             ids = np.fromfile(path, "<u2" if meta["dtype"] == "uint16" else "<u4")[: entry[f"{side}_tokens"]]
             assert ids[0] == eot and ids.max() < meta["vocab_size"] and entry[f"{side}_tokens"] == len(ids)
             found = [decode(part[1:].tolist()) for part in np.split(ids, np.flatnonzero(ids == eot)[1:])]

@@ -1,37 +1,69 @@
-"""The experiments measure the product: their exact variant is what train_doremi.py computes."""
+"""The arithmetic with which the experiments are read."""
 
 import sys
-from argparse import Namespace
 
+import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY
-from forked import run_forked
-
-import runtime
-from sampler import load_dataset
-from train_doremi import load_reference, load_reference_config
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import exactness
+import profit
+import theory
 
 
-def test_exact_variant_is_the_product_and_the_others_are_not(tmp_path, data_dir):
-    flags = ["--dtype=float64", *TINY]
-    run_forked("train_reference.py", *flags, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/reference")
-    run_forked("train_doremi.py", f"--reference={tmp_path}/reference", f"--out_dir={tmp_path}/proxy", "--no-compile",
-               "--update_after=2")
-    product = torch.load(tmp_path / "proxy/doremi_domain_weights_12.pt", weights_only=True)
-    product = torch.stack([entry["domain_weights"] for entry in product]).numpy()
+def test_mixtures_deal_the_counts_out_in_reverse():
+    mixtures = theory.mixtures([10, 70, 20])
+    assert mixtures["natural"] == pytest.approx([0.1, 0.7, 0.2])
+    assert mixtures["reversed"] == pytest.approx([0.7, 0.1, 0.2])  # the smallest gets the largest's share
+    assert mixtures["up"] == pytest.approx([3 / 7, 1 / 7, 3 / 7])
+    assert mixtures["down"] == pytest.approx([1 / 5, 3 / 5, 1 / 5])
 
-    config = load_reference_config(tmp_path / "reference")
-    args = Namespace(**config["flags"] | {"reference": str(tmp_path / "reference"), "update_after": 2})
-    machine = runtime.setup(args)
-    dataset = load_dataset(data_dir, config["model"]["block_size"])
-    reference = load_reference(args, config, dataset, machine)
-    alphas = {variant: exactness.train_proxy(variant, reference, dataset, machine, args, step_size=1.0, seed=1)
-              for variant in exactness.VARIANTS}
-    assert alphas["exact"] == pytest.approx(product, abs=1e-12)
-    for variant, alpha in alphas.items():
-        largest = abs(alpha - product).max()
-        assert variant == "exact" or largest > 1e-6, f"{variant} departs by {largest:.1e} only"
+
+def test_prediction_tilts_by_disagreement_and_sums_to_one():
+    r = np.array([0.5, 0.3, 0.2])
+    assert theory.predict(r, np.array([0.3, 0.3, 0.3]), np.array([0.2, 0.4, 0.1])) == pytest.approx(r)
+    alpha = theory.predict(r, np.array([0.2, 0.2, 0.4]), np.full(3, 0.5))  # equal slopes: exp(D / b), normalised
+    expected = r * np.exp(np.array([0.2, 0.2, 0.4]) / 0.5)
+    assert alpha == pytest.approx(expected / expected.sum())
+
+
+def test_slopes_are_those_of_the_lines():
+    log_weights = np.log([[0.1, 0.9], [0.3, 0.7], [0.6, 0.4]])
+    losses = np.array([3.0, 4.0]) - np.array([0.2, 0.5]) * log_weights
+    assert theory.own_slope(losses, np.exp(log_weights)) == pytest.approx([0.2, 0.5])
+    slope, r2 = theory.line_through_domains(log_weights, 1.4 * log_weights + np.array([1.0, -2.0]))
+    assert (slope, r2) == pytest.approx((1.4, 1.0))  # a constant of each domain does not count
+    assert theory.line_through_domains(np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [1.0], [0.0]]))[1] == 0
+
+
+def test_clipped_excess_is_the_mean_of_its_positive_part():
+    proxy, reference = np.array([[1.0, 2.0, 3.0, np.nan]]), np.array([[2.0, 1.0, 1.0, np.nan]])
+    assert theory.clipped_excess(proxy, reference) == pytest.approx([1.0])  # (0 + 1 + 2) / 3
+    assert theory.clipped_excess(reference, proxy) == pytest.approx([1 / 3])
+    assert theory.total_variation([0.5, 0.5, 0.0], [0.2, 0.5, 0.3]) == pytest.approx(0.3)
+
+
+def test_reversed_tilt_departs_the_other_way():
+    answer, r = np.array([0.4, 0.4, 0.2]), np.array([0.2, 0.4, 0.4])
+    assert profit.reversed_tilt(answer, r) == pytest.approx(np.array([0.1, 0.4, 0.8]) / 1.3)
+
+
+def test_tokens_to_reach_a_loss():
+    tokens, loss = np.array([100, 200, 300]), np.array([5.0, 4.0, 3.0])
+    assert profit.tokens_to_reach(tokens, loss, 3.5) == pytest.approx(250)
+    assert profit.tokens_to_reach(tokens, loss, 5.5) == 100
+    assert np.isnan(profit.tokens_to_reach(tokens, loss, 2.9))
+
+
+def test_distance_from_the_front():
+    front = np.array([[3.0, 4.0], [3.2, 3.8]])  # token-weighted, unweighted
+    assert profit.above_front(front, (3.1, 3.85)) == pytest.approx(-0.05)
+    assert np.isnan(profit.above_front(front, (2.9, 4.0)))
+
+
+def test_mixtures_of_the_profit():
+    counts = np.array([100.0, 900.0])
+    assert profit.mixture_weights("temperature-0.5", counts, None, 1) == pytest.approx([0.25, 0.75])
+    assert profit.mixture_weights("uniform", counts, None, 1) == pytest.approx([0.5, 0.5])
+    assert profit.mixture_weights("natural", counts, None, 1) == pytest.approx([0.1, 0.9])
+    assert profit.mixture_weights("uniform+natural", counts, None, 1) == pytest.approx([0.3, 0.7])

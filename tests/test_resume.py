@@ -5,13 +5,18 @@ but its timings. The short form kills at chosen points of the code (forked.arm),
 """
 
 import json
+import os
 import random
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from forked import Job, distance, run_forked
 
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
@@ -86,28 +91,29 @@ def assert_same(found, expected):
 
 # A run of TINY renames flags.txt, config.json and metrics.jsonl into place (1 to 3), then ckpt.pt at steps 4, 8 and 12:
 # renames 4, 5, 6 of stages 1 and 4; the proxy alternates with its history: 4 ckpt, 5 history, 6 ckpt, 7, 8 ckpt, 9.
+# Resumed after a checkpoint, it writes that one's history again.
 POINTS = [
-    ("train_reference.py", ("step", 7)),  # between two checkpoints, in the middle of a step
-    ("train_reference.py", ("flushed", 5)),  # the second checkpoint is whole on the disk, but not in its place
-    ("train_large.py", ("line", 5)),  # half a line of metrics is written, behind the last checkpoint
-    ("train_reference.py", ("ahead", 2)),  # the second checkpoint is not in place, though step 12 is trained
-    ("train_large.py", ("renamed", 3)),  # nothing but an empty metrics.jsonl is there
-    ("train_doremi.py", ("update", 6)),
-    ("train_doremi.py", ("bytes", 3)),  # half of the second checkpoint is written
-    ("train_doremi.py", ("renamed", 6)),  # the second checkpoint is in place, its history is not
-    ("train_doremi.py", ("bytes", 4)),  # half of the second history is written
-    ("train_doremi.py", ("flushed", 8)),  # the last checkpoint is not in place
-    ("train_doremi.py", ("ahead", 3)),  # nor is it here, though the run has come to its end
-    ("train_doremi.py", ("renamed", 8)),  # the last checkpoint is in place, its history is not
+    ("train_reference.py", 1, ("step", 7)),  # between two checkpoints, in the middle of a step
+    ("train_reference.py", 1, ("flushed", 5)),  # the second checkpoint is whole on the disk, but not in its place
+    ("train_large.py", 1, ("line", 5)),  # half a line of metrics is written, behind the last checkpoint
+    ("train_large.py", 1, ("renamed", 3)),  # only an empty metrics.jsonl is there
+    ("train_doremi.py", 1, ("update", 6)),
+    ("train_doremi.py", 1, ("bytes", 3)),  # half of the second checkpoint is written
+    ("train_doremi.py", 1, ("renamed", 6)),  # the second checkpoint is in place, its history is not
+    ("train_doremi.py", 1, ("bytes", 4)),  # half of the second history is written
+    ("train_doremi.py", 1, ("flushed", 8)),  # the last checkpoint is not in place
+    ("train_doremi.py", 1, ("renamed", 8)),  # the last checkpoint is in place, its history is not
+    ("train_doremi.py", 2, ("step", 7)),  # two ranks: the moments of each come back to its shard
+    ("train_doremi.py", 3, ("bytes", 3)),
 ]
 
 
-@pytest.mark.parametrize("script, kill", POINTS)
-def test_killed_and_resumed(world, undisturbed, tmp_path, script, kill):
+@pytest.mark.parametrize("script, ranks, kill", POINTS)
+def test_killed_and_resumed(world, undisturbed, tmp_path, script, ranks, kill):
     flags = [*script_flags(script, world, "float32"), f"--out_dir={tmp_path}/run"]
-    run_forked(script, *flags, kill=kill, status=-9)
-    run_forked(script, *flags, "--resume")
-    assert_same(left_by(tmp_path / "run"), undisturbed(script))
+    run_forked(script, *flags, ranks=ranks, kill=kill, status=-9)
+    run_forked(script, *flags, "--resume", ranks=ranks)
+    assert_same(left_by(tmp_path / "run"), undisturbed(script, ranks=ranks))
 
 
 @pytest.mark.parametrize("script", ["train_reference.py", "train_doremi.py"])
@@ -120,16 +126,32 @@ def test_killed_again_and_again(world, undisturbed, tmp_path, script):
     assert_same(left_by(tmp_path / "run"), undisturbed(script))
 
 
-@pytest.mark.parametrize("script, ranks, stops_at", [("train_doremi.py", 1, 5), ("train_large.py", 2, 6)])
-def test_terminated_and_resumed(world, undisturbed, tmp_path, script, ranks, stops_at):
-    """SIGTERM at step 5 finishes the step (with several ranks, goes on to the next log step, where all agree), writes
-    a checkpoint, and exits with status 0."""
+@pytest.mark.parametrize("script, ranks, stops_at, name, status", [
+    ("train_doremi.py", 1, 5, "SIGTERM", 143), ("train_reference.py", 1, 5, "SIGINT", 130),
+    ("train_doremi.py", 2, 6, "SIGINT", 130)])
+def test_stopped_and_resumed(world, undisturbed, tmp_path, script, ranks, stops_at, name, status):
+    """A signal at step 5 finishes the step (several ranks continue to the next log step, where they agree on it),
+    saves, and exits with 128 + signal: a stopped run is never mistaken for a finished one."""
     flags = [*script_flags(script, world, "float32"), f"--out_dir={tmp_path}/run"]
-    output = run_forked(script, *flags, ranks=ranks, kill=("term", 5))
-    assert f"stopped (--resume goes on) after step {stops_at} of 12" in output
+    run_forked(script, *flags, ranks=ranks, kill=(name, 5), status=status)
     assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] == stops_at
-    run_forked(script, *flags, "--resume", ranks=ranks)
+    run_forked(script, *flags, "--resume", ranks=ranks)  # a finished run exits 0
     assert_same(left_by(tmp_path / "run"), undisturbed(script, ranks=ranks))
+
+
+def test_a_stopped_stage_stops_the_shell_script(world, tmp_path):
+    """bash's set -e does not go on to the next stage."""
+    flags = [*script_flags("train_reference.py", world, "float32"), f"--out_dir={tmp_path}/run"]
+    command = shlex.join([sys.executable, str(ROOT / "train_reference.py"), *flags, "--max_steps=100000"])
+    shell = subprocess.Popen(["bash", "-c", f"set -e; {command}; echo next stage"], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while shell.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(shell.pid, signal.SIGINT)  # Ctrl-C
+    output = shell.communicate(timeout=60)[0]
+    assert shell.returncode == 130 and "stopped" in output and "next stage" not in output
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] > 0
 
 
 def test_resuming_a_finished_run_changes_nothing(world, undisturbed, tmp_path):
@@ -139,17 +161,18 @@ def test_resuming_a_finished_run_changes_nothing(world, undisturbed, tmp_path):
         assert_same(left_by(tmp_path / "run"), undisturbed("train_doremi.py"))
 
 
-@pytest.mark.parametrize("dtype, bound", [("float64", 1e-10), ("float32", 1e-5)])
-def test_resumed_with_other_ranks(world, undisturbed, tmp_path, dtype, bound):
-    """Killed on one rank at step 6, resumed on two with micro-batches of 3, killed again, resumed on three."""
-    flags = [*script_flags("train_doremi.py", world, dtype), f"--out_dir={tmp_path}/run"]
-    run_forked("train_doremi.py", *flags, kill=("step", 6), status=-9)
-    run_forked("train_doremi.py", *flags, "--resume", "--micro_batch_size=3", ranks=2, kill=("update", 6), status=-9)
-    run_forked("train_doremi.py", *flags, "--resume", ranks=3)
+@pytest.mark.parametrize("dtype, bound, ranks", [
+    ("float64", 1e-10, (1, 2, 3)), ("float64", 1e-10, (2, 1)), ("float64", 1e-10, (2, 4)), ("float32", 1e-5, (4, 2))])
+def test_resumed_with_other_ranks(world, undisturbed, tmp_path, dtype, bound, ranks):
+    """Killed in the sixth step of each life but the last; an even number of ranks takes micro-batches of 3."""
+    flags = [*script_flags("train_doremi.py", world, dtype), f"--out_dir={tmp_path}/run", "--resume"]
+    for life, n in enumerate(ranks, start=1):
+        end = {} if life == len(ranks) else {"kill": ("step", 6), "status": -9}
+        run_forked("train_doremi.py", *flags, *(["--micro_batch_size=3"] if n % 2 == 0 else []), ranks=n, **end)
     found, expected = left_by(tmp_path / "run"), undisturbed("train_doremi.py", dtype=dtype)
     deviation = {name: distance(found["checkpoint"][name], expected["checkpoint"][name])
                  for name in ("alpha_history", "excess", "model")}
-    print(f"\n{dtype}, resumed with other ranks: {deviation}")
+    print(f"\n{dtype}, {ranks} ranks: {deviation}")
     assert deviation["alpha_history"] < bound
     assert found["checkpoint"]["sampler"] == expected["checkpoint"]["sampler"]
     assert [line["step"] for line in found["metrics"]] == [line["step"] for line in expected["metrics"]]

@@ -1,56 +1,26 @@
-"""The sampler: counts, permutation, batches, mixtures, evaluation windows. All of it is integers: tests are exact."""
+"""The sampler: counts, permutation, batches. All of it is integers: tests are exact."""
 
 import json
 import time
 import tracemalloc
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_dataset
+from conftest import draw, write_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sampler
 from cli import UserError
-from sampler import (
-    Sampler,
-    domain_sums,
-    evaluation_batches,
-    held_out_loss,
-    load_dataset,
-    permute,
-    round_keys,
-    sampling_weights,
-    systematic_counts,
-)
+from sampler import Sampler, load_dataset, permute, round_keys, systematic_counts
 
 quick = settings(max_examples=60, deadline=None)
 integer_weights = st.lists(st.integers(0, 50), min_size=1, max_size=9).filter(any)
 
 
-@pytest.fixture(scope="module")
-def numbered(tmp_path_factory):
-    """Three domains whose tokens tell where they are from: domain i counts up from 10,000 i. Windows of 8 + 1."""
-    streams = {name: (10_000 * i + np.arange(8 * n + 1), 10_000 * i + 5_000 + np.arange(8 * m + 5))
-               for i, (name, n, m) in enumerate([("a", 7, 5), ("b", 50, 3), ("c", 23, 9)])}
-    return load_dataset(write_dataset(tmp_path_factory.mktemp("data") / "numbered", streams, vocab_size=40_000), 8)
-
-
-def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
-    """The next n batches of a fresh sampler, from `state` on if there is one, and the state after them."""
-    s = Sampler(dataset, weights, batch_size, seed, **ranks)
-    if state is not None:
-        s.load_state_dict(state)
-    batches = [s.next_batch() for _ in range(n)]
-    s.close()
-    return batches, s.state_dict()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# How many sequences each domain gets
+# ---- how many sequences each domain gets ----
 
 
 @quick
@@ -83,22 +53,28 @@ def test_a_domain_of_weight_zero_is_never_drawn(weights):
     assert (counts[:, np.array(weights) == 0] == 0).all() and (counts.sum(axis=1) == 64).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The permutation
+# ---- the permutation ----
 
 
-def inverse(value, size, keys):
-    """permute backwards, one integer at a time: the rounds in reverse, out of range values sent through again."""
+def forward_and_back(value, size, keys):
+    """permute and its inverse, one integer at a time with Python's own: the image of value, and value again."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = 2**half - 1
-    while True:
-        left, right = value >> half, value & mask
-        for key in reversed(keys.tolist()):
-            scrambled = int(sampler.scramble(np.array([(left + key) % 2**64], dtype=np.uint64))[0])
-            left, right = right ^ (scrambled & mask), left
-        value = left << half | right
-        if value < size:
-            return value
+    mask, keys = 2**half - 1, keys.tolist()
+
+    def walk(x, keys, step):
+        while True:
+            left, right = x >> half, x & mask
+            for key in keys:
+                left, right = step(left, right, key)
+            x = left << half | right
+            if x < size:
+                return x
+
+    def f(half, key):
+        return int(sampler.scramble(np.array([(half + key) % 2**64], dtype=np.uint64))[0]) & mask
+
+    image = walk(value, keys, lambda left, right, key: (right, left ^ f(right, key)))
+    return image, walk(image, keys[::-1], lambda left, right, key: (right ^ f(left, key), left))
 
 
 @quick
@@ -112,14 +88,22 @@ def test_permute_is_a_bijection(size, seed, epoch):
     assert np.array_equal(np.sort(order), np.arange(size))
 
 
-@quick
-@given(st.integers(10**4, 10**12), st.integers(0, 2**32), st.data())
-def test_permute_is_a_bijection_at_any_size(size, seed, data):
-    index = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True)))
-    keys = round_keys(seed, "domain", 0)
-    order = permute(index, size, keys)
-    assert ((order >= 0) & (order < size)).all()
-    assert [inverse(int(value), size, keys) for value in order] == index.tolist()
+EDGES = [size for bits in (1, 2, 3, 4, 20, 21, 31, 32, 40, 50) for size in (2**bits - 1, 2**bits, 2**bits + 1)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(EDGES) | st.integers(1, 10**12), st.floats(0, 1), st.integers(0, 9)),
+                min_size=1, max_size=25))
+@example([(size, at, 3) for size in EDGES for at in (0, 0.3, 1)])
+def test_every_element_has_its_own_size_and_keys(elements):
+    """All at once they are what each is alone, by arithmetic without numpy's fixed widths; and it can be undone."""
+    size = [n for n, _, _ in elements]
+    index = [min(int(at * n), n - 1) for n, at, _ in elements]
+    keys = np.stack([round_keys(seed, "domain", 0) for _, _, seed in elements])
+    found = permute(np.array(index), np.array(size), keys).tolist()
+    for i, n, key, value in zip(index, size, keys, found):
+        assert 0 <= value < n and forward_and_back(i, n, key) == (value, i)
+        assert permute(np.array([i]), n, key).tolist() == [value]
 
 
 def test_permute_depends_on_seed_domain_and_epoch():
@@ -150,8 +134,7 @@ def test_order_is_uncorrelated():
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- batches ----
 
 
 @quick
@@ -184,24 +167,6 @@ def test_order_depends_on_the_name_not_the_position(tmp_path, numbered):
         windows.append(order)
     assert windows[0] == windows[1] != windows[2]
     assert sorted(windows[0][:23]) == list(range(23)) and windows[0][:23] != windows[0][23:]
-
-
-def test_order_does_not_depend_on_where_it_is_taken_up(monkeypatch, tmp_path):
-    """Blocks of the permutation are kept between steps; wherever one begins, the windows are those of the bijection."""
-    directory = write_dataset(tmp_path / "data", {"a": (np.arange(81) % 50, [0] * 9), "b": ([0] * 13, [0] * 9)})
-    dataset = load_dataset(directory, 4)  # 20 and 3 windows
-    monkeypatch.setattr(sampler, "PERMUTED", 8)  # blocks of 8, 8 and 4 windows
-    expected = [np.concatenate([permute(np.arange(n), n, round_keys(5, name, epoch)) for epoch in range(40)])
-                for n, name in ((20, "a"), (3, "b"))]
-    s = Sampler(dataset, [0.5, 0.5], 4, seed=5)
-    rng = np.random.default_rng(0)
-    for first, count in [(0, 4), (4, 9), (13, 30), (3, 1), *rng.integers(0, 100, size=(30, 2))]:
-        for i, n in enumerate((20, 3)):
-            first, count = int(first), min(int(count), 3 * 40 - int(first))
-            parts = list(s.in_order(i, n, first, count))
-            found = np.concatenate(parts) if parts else np.zeros(0)
-            assert np.array_equal(found, expected[i][first : first + max(count, 0)])
-    s.close()
 
 
 def test_slots_are_shuffled(numbered):
@@ -263,8 +228,8 @@ def test_seed_changes_the_batches(numbered):
     assert not torch.equal(first.tokens.long(), second.tokens.long())
 
 
-def test_a_billion_windows_cost_nothing(tmp_path, monkeypatch):
-    """Start-up and resumption are O(1) in windows and steps: no table, and a block of each domain's order."""
+def test_a_billion_windows_cost_nothing(tmp_path):
+    """Start-up and resumption are O(1) in windows and steps: there is no table."""
     n = 10**9
     directory = write_dataset(tmp_path / "huge", {"huge": ([0], [0] * 9), "small": ([0] * 400, [0] * 9)})
     with open(directory / "huge" / "train.bin", "wb") as file:
@@ -272,9 +237,6 @@ def test_a_billion_windows_cost_nothing(tmp_path, monkeypatch):
     meta = json.loads((directory / "meta.json").read_text())
     meta["domains"]["huge"]["train_tokens"] = 4 * n + 1
     (directory / "meta.json").write_text(json.dumps(meta))
-
-    permuted = []
-    monkeypatch.setattr(sampler, "permute", lambda index, *rest: permuted.append(len(index)) or permute(index, *rest))
 
     def start_at(state):
         start = time.perf_counter()
@@ -288,13 +250,10 @@ def test_a_billion_windows_cost_nothing(tmp_path, monkeypatch):
     states = [{"step": 0, "drawn": [0, 0]}, {"step": 10**6, "drawn": [31 * 10**6, 10**6]}]
     seconds = [min(start_at(state) for _ in range(3)) for state in states]
     tracemalloc.start()
-    permuted.clear()
     for state in states:
         start_at(state)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    print(f"start and first batch of 1e9 windows: {seconds[0]:.4f} s; at step 1e6: {seconds[1]:.4f} s; {peak} bytes")
-    assert permuted == 2 * [4096, 99]
     assert peak < 2**20 and max(seconds) < 1
     assert max(len(json.dumps(state)) for state in states) < 100
 
@@ -323,134 +282,3 @@ def test_state_of_another_number_of_domains_is_refused(numbered):
     with pytest.raises(UserError, match="2 domains, the data set has 3"):
         s.load_state_dict({"step": 1, "drawn": [2, 2]})
     s.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Windows
-
-
-@pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
-def test_windows_are_aligned(tmp_path, dtype, start):
-    """29 tokens hold 4 windows of 7 + 1; 28 hold 3: the last token of one window is the first of the next."""
-    directory = write_dataset(tmp_path / "data", {"a": ([0] * 29, [0] * 28)}, vocab_size=start + 100)
-    ids = start + np.arange(29)
-    for split, n in (("train", 29), ("val", 28)):
-        ids[:n].astype("<u4" if dtype == "uint32" else "<u2").tofile(directory / "a" / f"{split}.bin")
-    meta = json.loads((directory / "meta.json").read_text())
-    (directory / "meta.json").write_text(json.dumps({**meta, "dtype": dtype}))
-    dataset = load_dataset(directory, 7)
-    assert dataset.train[0].tolist() == [list(range(start + 7 * j, start + 7 * j + 8)) for j in range(4)]
-    assert dataset.val[0].tolist() == dataset.train[0][:3].tolist()
-    assert not dataset.train[0].flags.writeable
-    (batch,), _ = draw(dataset, [1.0], 4, 1)
-    assert batch.tokens.dtype == getattr(torch, dtype)
-    assert sorted(batch.tokens.long()[:, 0].tolist()) == [start + 7 * j for j in range(4)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling weights.  Token counts of data_dir: counting 6000, simple 3000, rich 2000, small 300
-
-
-@pytest.mark.parametrize("spec, planned, expected", [
-    ("uniform", 0, [1, 1, 1, 1]),
-    ("token_count", 0, [6000, 3000, 2000, 300]),
-    ("temperature:0.5", 0, [6000**0.5, 3000**0.5, 2000**0.5, 300**0.5]),
-    ("temperature:0", 0, [1, 1, 1, 1]),
-    ("temperature:1", 0, [6000, 3000, 2000, 300]),
-    # small is capped at 4 x 300 = 1200; the other 10,800 are shared equally, below their caps
-    ("unimax:4", 12_000, [3600, 3600, 3600, 1200]),
-    # 800 each is below every cap
-    ("unimax:4", 3200, [800, 800, 800, 800]),
-    # small 300, rich 2000, then 7700 / 2 = 3850 is above simple's 3000, and counting gets the remaining 4700
-    ("unimax:1", 10_000, [4700, 3000, 2000, 300]),
-    # more than all data four times: proportional to the data
-    ("unimax:4", 10**9, [6000, 3000, 2000, 300]),
-    ("0.1,0.2,0.3,0.4", 0, [0.1, 0.2, 0.3, 0.4]),
-    ("2,0,1,1", 0, [0.5, 0, 0.25, 0.25]),
-])
-def test_sampling_weights(data_dir, spec, planned, expected):
-    weights = sampling_weights(spec, load_dataset(data_dir, 16), planned)
-    assert weights == pytest.approx(np.array(expected) / sum(expected), rel=1e-14)
-    assert weights.dtype == np.float64 and weights.sum() == pytest.approx(1, abs=1e-15)
-
-
-@pytest.mark.parametrize("wrap", [
-    lambda w: w, lambda w: {"domain_weights": w, "provenance": {"tokenizer_sha256": "synthetic" * 4}},
-    lambda w: {"train_domain_weights": w, "eval_domain_weights": {name: 9 for name in w}},
-    lambda w: {"domain_weights": w, "provenance": "by hand"}])
-def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap):
-    path = tmp_path / "weights.json"
-    path.write_text(json.dumps(wrap({"small": 1, "rich": 2, "counting": 0.0, "simple": 5})))  # not meta.json's order
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        weights = sampling_weights(str(path), load_dataset(data_dir, 16), 0)
-    assert weights.tolist() == [0.0, 5 / 8, 2 / 8, 1 / 8]
-
-
-def test_weights_found_with_another_tokenizer_are_warned_of(data_dir, tmp_path):
-    path = tmp_path / "weights.json"
-    content = {"domain_weights": dict.fromkeys(["counting", "simple", "rich", "small"], 0.25)}
-    path.write_text(json.dumps({**content, "provenance": {"tokenizer_sha256": "another"}}))
-    with pytest.warns(UserWarning, match="another tokenizer"):
-        sampling_weights(str(path), load_dataset(data_dir, 16), 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-
-@quick
-@given(st.integers(0, 12), st.integers(1, 7), st.integers(1, 20))
-def test_evaluation_covers_the_first_windows_once(numbered, n_windows, batch_size, world_size):
-    """Domains a, b, c have 5, 3, 9 validation windows; 0 means all of them."""
-    expected = [(i, 10_000 * i + 5_000 + 8 * j) for i, n in enumerate([5, 3, 9]) for j in range(min(n, n_windows or n))]
-    found = []
-    for rank in range(world_size):
-        batches = list(evaluation_batches(numbered, n_windows, batch_size, rank, world_size))
-        for number, (tokens, domain) in enumerate(batches, start=1):
-            assert tokens.shape == (batch_size, 9) and domain.shape == (batch_size,)
-            real = domain < 3
-            assert number == len(batches) or real.all()  # only the last is filled up
-            starts = tokens.long()[:, 0]
-            assert torch.equal(tokens.long(), starts[:, None] + torch.arange(9))
-            found += zip(domain[real].tolist(), starts[real].tolist())
-    assert sorted(found) == expected
-
-
-@pytest.mark.parametrize("world_size, batch_size, n_windows", [(1, 4, 0), (2, 4, 0), (3, 5, 2), (20, 1, 4)])
-def test_held_out_loss(numbered, world_size, batch_size, n_windows):
-    """With the target's id as its loss, n windows of domain i have mean 10,000 i + 5,000 + (1 + 8 n) / 2."""
-    take = [min(n, n_windows or n) for n in (5, 3, 9)]
-    totals = []
-    for rank in range(world_size):
-        machine = SimpleNamespace(rank=rank, world_size=world_size, device="cpu", exact=torch.float64,
-                                  all_reduce=lambda tensor: totals.append(tensor.clone()) or sum(totals))
-        with np.errstate(invalid="ignore"):  # a rank without windows of a domain, before the others are added
-            loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), numbered, n_windows, batch_size, machine)
-    assert loss.tolist() == [10_000 * i + 5_000 + (1 + 8 * n) / 2 for i, n in enumerate(take)]
-    assert sum(totals)[1].tolist() == [8 * n for n in take]
-
-
-def test_domain_sums():
-    """Rows of domains 2, 0, 2 and a filling row (3 of 3 domains); domain 1 is absent."""
-    losses = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [64.0, 128.0]])
-    total, count = domain_sums(losses, torch.tensor([2, 0, 2, 3]), 3)
-    assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
-    assert total.dtype == torch.float64
-
-
-@quick
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 11))
-def test_domain_sums_add_over_micro_batches(domain, cut):
-    losses, domain = torch.arange(len(domain) * 3.0).view(-1, 3), torch.tensor(domain)
-    parts = domain_sums(losses[:cut], domain[:cut], 4) + domain_sums(losses[cut:], domain[cut:], 4)
-    assert torch.equal(parts, domain_sums(losses, domain, 4))
-
-
-def test_bytes_per_token_and_record(numbered):
-    """conftest writes three bytes a token."""
-    assert numbered.bytes_per_token().tolist() == [3.0, 3.0, 3.0]
-    assert numbered.token_counts().tolist() == [57.0, 401.0, 185.0]
-    record = json.loads(json.dumps(numbered.describe(np.array([0.2, 0.5, 0.3]))))
-    assert record["sampling_weights"] == {"a": 0.2, "b": 0.5, "c": 0.3} and record["domains"] == ["a", "b", "c"]
-    assert record["data"]["train_tokens"] == {"a": 57, "b": 401, "c": 185}

@@ -1,0 +1,166 @@
+"""What the sampler reads: windows, mixtures, evaluation windows, and sums over domains. All of it is exact."""
+
+import json
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw, write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
+
+quick = settings(max_examples=60, deadline=None)
+
+
+# ---- windows ----
+
+
+@pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
+def test_windows_are_aligned(tmp_path, dtype, start):
+    """29 tokens hold 4 windows of 7 + 1; 28 hold 3: the last token of one window is the first of the next."""
+    directory = write_dataset(tmp_path / "data", {"a": ([0] * 29, [0] * 28)}, vocab_size=start + 100)
+    ids = start + np.arange(29)
+    for split, n in (("train", 29), ("val", 28)):
+        ids[:n].astype("<u4" if dtype == "uint32" else "<u2").tofile(directory / "a" / f"{split}.bin")
+    meta = json.loads((directory / "meta.json").read_text())
+    (directory / "meta.json").write_text(json.dumps({**meta, "dtype": dtype}))
+    dataset = load_dataset(directory, 7)
+    assert dataset.train[0].tolist() == [list(range(start + 7 * j, start + 7 * j + 8)) for j in range(4)]
+    assert dataset.val[0].tolist() == dataset.train[0][:3].tolist()
+    assert not dataset.train[0].flags.writeable
+    (batch,), _ = draw(dataset, [1.0], 4, 1)
+    assert batch.tokens.dtype == getattr(torch, dtype)
+    assert sorted(batch.tokens.long()[:, 0].tolist()) == [start + 7 * j for j in range(4)]
+
+
+# ---- sampling weights.  Token counts of data_dir: counting 6000, simple 3000, rich 2000, small 300 ----
+
+
+@pytest.mark.parametrize("spec, planned, expected", [
+    ("uniform", 0, [1, 1, 1, 1]),
+    ("token_count", 0, [6000, 3000, 2000, 300]),
+    ("temperature:0.5", 0, [6000**0.5, 3000**0.5, 2000**0.5, 300**0.5]),
+    ("temperature:0", 0, [1, 1, 1, 1]),
+    ("temperature:1", 0, [6000, 3000, 2000, 300]),
+    # small is capped at 4 x 300 = 1200; the other 10,800 are shared equally, below their caps
+    ("unimax:4", 12_000, [3600, 3600, 3600, 1200]),
+    # 800 each is below every cap
+    ("unimax:4", 3200, [800, 800, 800, 800]),
+    # small 300, rich 2000, then 7700 / 2 = 3850 is above simple's 3000, and counting gets the remaining 4700
+    ("unimax:1", 10_000, [4700, 3000, 2000, 300]),
+    # more than all data four times: proportional to the data
+    ("unimax:4", 10**9, [6000, 3000, 2000, 300]),
+    ("0.1,0.2,0.3,0.4", 0, [0.1, 0.2, 0.3, 0.4]),
+    ("2,0,1,1", 0, [0.5, 0, 0.25, 0.25]),
+])
+def test_sampling_weights(data_dir, spec, planned, expected):
+    weights = sampling_weights(spec, load_dataset(data_dir, 16), planned)
+    assert weights == pytest.approx(np.array(expected) / sum(expected), rel=1e-14)
+    assert weights.dtype == np.float64 and weights.sum() == pytest.approx(1, abs=1e-15)
+
+
+def test_plus_is_the_mean_of_two_mixtures(data_dir):
+    weights = sampling_weights("uniform+0.1,0.2,0.3,0.4", load_dataset(data_dir, 16), 0)
+    assert weights == pytest.approx([0.175, 0.225, 0.275, 0.325], rel=1e-14)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: w, lambda w: {"domain_weights": w, "provenance": {"tokenizer_sha256": "synthetic" * 4}},
+    lambda w: {"train_domain_weights": w, "eval_domain_weights": {name: 9 for name in w}},
+    lambda w: {"domain_weights": w, "provenance": "by hand"}])
+def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap):
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps(wrap({"small": 1, "rich": 2, "counting": 0.0, "simple": 5})))  # not meta.json's order
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        weights = sampling_weights(str(path), load_dataset(data_dir, 16), 0)
+    assert weights.tolist() == [0.0, 5 / 8, 2 / 8, 1 / 8]
+
+
+def test_weights_found_with_another_tokenizer_are_warned_of(data_dir, tmp_path):
+    path = tmp_path / "weights.json"
+    content = {"domain_weights": dict.fromkeys(["counting", "simple", "rich", "small"], 0.25)}
+    path.write_text(json.dumps({**content, "provenance": {"tokenizer_sha256": "another"}}))
+    with pytest.warns(UserWarning, match="another tokenizer"):
+        sampling_weights(str(path), load_dataset(data_dir, 16), 0)
+
+
+# ---- evaluation ----
+
+
+@quick
+@given(st.integers(0, 12), st.integers(1, 7), st.integers(1, 20))
+def test_evaluation_windows_are_spread_and_dealt_evenly(numbered, n_windows, batch_size, world_size):
+    """Domains a, b, c have 5, 3, 9 validation windows; 0 means all of them. Every rank has as many batches."""
+    found, numbers = [], set()
+    for rank in range(world_size):
+        batches = list(evaluation_batches(numbered, n_windows, batch_size, rank, world_size))
+        numbers.add(len(batches))
+        for number, (tokens, domain) in enumerate(batches, start=1):
+            assert tokens.shape == (batch_size, 9) and domain.shape == (batch_size,)
+            real = domain < 3
+            assert number == len(batches) or real.all()  # only the last is filled up
+            starts = tokens.long()[:, 0]
+            assert torch.equal(tokens.long(), starts[:, None] + torch.arange(9))
+            found += zip(domain[real].tolist(), starts[real].tolist())
+    assert len(numbers) == 1 and len(found) == len(set(found))
+    for i, n in enumerate([5, 3, 9]):
+        taken = sorted((start - 10_000 * i - 5_000) // 8 for domain, start in found if domain == i)
+        gaps = np.diff([*taken, n])
+        assert taken[0] == 0 and len(taken) == min(n, n_windows or n) and gaps.max() - gaps.min() <= 1
+
+
+def mean_of_targets(dataset, n_windows, batch_size=4, world_size=1):
+    """held_out_loss where a token's loss is its id, over ranks that are asked one after the other."""
+    totals = []
+    for rank in range(world_size):
+        machine = SimpleNamespace(rank=rank, world_size=world_size, device="cpu", sum_dtype=torch.float64,
+                                  all_reduce=lambda tensor: totals.append(tensor.clone()) or sum(totals))
+        with np.errstate(invalid="ignore"):  # a rank without windows of a domain, before the others are added
+            loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), dataset, n_windows, batch_size, machine)
+    return loss.tolist()
+
+
+@pytest.mark.parametrize("n_windows", [2, 4, 10, 64, 0])
+def test_held_out_loss_sees_both_halves_of_a_file(tmp_path, n_windows):
+    """The first half of val.bin is 1 everywhere, the second 5: the mean is 3, however few windows are taken."""
+    val = [1] * 401 + [5] * 400  # 200 windows of 4 + 1 tokens
+    dataset = load_dataset(write_dataset(tmp_path / "data", {"halves": ([0] * 9, val), "ones": ([0] * 9, [1] * 9)}), 4)
+    assert mean_of_targets(dataset, n_windows) == [3.0, 1.0]
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 5), (20, 1)])
+def test_held_out_loss(numbered, world_size, batch_size):
+    """With the target's id as its loss, all n windows of domain i have mean 10,000 i + 5,000 + (1 + 8 n) / 2."""
+    expected = [10_000 * i + 5_000 + (1 + 8 * n) / 2 for i, n in enumerate([5, 3, 9])]
+    assert mean_of_targets(numbered, 0, batch_size, world_size) == expected
+
+
+def test_domain_sums():
+    """Rows of domains 2, 0, 2 and a filling row (3 of 3 domains); domain 1 is absent."""
+    losses = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [64.0, 128.0]])
+    total, excess, count = domain_sums(torch.tensor([2, 0, 2, 3]), 3, torch.float64, losses, losses / 2)
+    assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
+    assert torch.equal(excess, total / 2) and total.dtype == torch.float64
+
+
+@quick
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 11))
+def test_domain_sums_add_over_micro_batches(domain, cut):
+    losses, domain = torch.arange(len(domain) * 3.0).view(-1, 3), torch.tensor(domain)
+    whole, first, rest = (domain_sums(domain[part], 4, torch.float64, losses[part])
+                          for part in (slice(None), slice(cut), slice(cut, None)))
+    assert torch.equal(first + rest, whole)
+
+
+def test_bytes_per_token_and_record(numbered):
+    """conftest writes three bytes a token."""
+    assert numbered.bytes_per_token().tolist() == [3.0, 3.0, 3.0]
+    assert numbered.token_counts().tolist() == [57.0, 401.0, 185.0]
+    record = json.loads(json.dumps(numbered.describe(np.array([0.2, 0.5, 0.3]))))
+    assert record["sampling_weights"] == {"a": 0.2, "b": 0.5, "c": 0.3} and record["domains"] == ["a", "b", "c"]
+    assert record["data"]["train_tokens"] == {"a": 57, "b": 401, "c": 185}

@@ -1,0 +1,187 @@
+"""Several nodes, and ranks that die, hang, or see another disk: real processes under torchrun."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LONG = ["--max_steps=120", "--warmup_steps=4", "--save_interval=20", "--eval_interval=120"]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, data_dir):
+    """A finished reference in float64."""
+    out = tmp_path_factory.mktemp("nodes") / "reference"
+    finish(start([sys.executable], "train_reference.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY,
+                 "--dtype=float64"))
+    return out
+
+
+def proxy_flags(reference, out, *more):
+    return ["train_doremi.py", f"--reference={reference}", f"--out_dir={out}", "--log_interval=3", "--eval_windows=4",
+            "--no-compile", *more]
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    while STARTED:
+        end(STARTED.pop())
+
+
+def start(launcher, script, *flags, env=None):
+    """Start a script under a launcher in a process group of its own."""
+    command = [*map(str, launcher), str(ROOT / script), *map(str, flags)]
+    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                    start_new_session=True,
+                                    env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}))
+    return STARTED[-1]
+
+
+def end(process):
+    """Kill a launcher and the ranks below it, which torchrun puts into sessions of their own."""
+    if process.poll() is None:
+        for pid in [*ranks_of(process).values(), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def finish(process, status=0, timeout=300):
+    """Wait for the end.  Return the output."""
+    output = process.communicate(timeout=timeout)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def ranks_of(process):
+    """{rank: pid} of the training processes below a launcher."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            environ = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+            if "RANK" in environ:
+                found[int(environ["RANK"])] = int(pid)
+    return found
+
+
+def wait_for(condition, seconds=300):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def alpha_history(run):
+    return torch.load(run / "ckpt.pt", weights_only=True)["alpha_history"]
+
+
+def test_ranks_that_see_different_checkpoints_refuse(tmp_path, reference):
+    """No shared disk: the second node has no checkpoint.  Nobody trains, each says so in one line."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(reference, here)
+    before = (here / "ckpt.pt").read_bytes()
+    port = free_port()
+    flags = [f"@{reference}/flags.txt", "--micro_batch_size=6", "--resume"]
+    ranks = [start([sys.executable], "train_reference.py", *flags, f"--out_dir={out}",
+                   env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port)}) for rank, out in enumerate((here, there))]
+    for process in ranks:
+        lines = [line for line in finish(process, status=2).splitlines() if "error" in line]
+        assert len(lines) == 1 and "the ranks see checkpoints of steps 0 to 12" in lines[0], lines
+    assert (here / "ckpt.pt").read_bytes() == before and not (there / "ckpt.pt").exists()
+
+
+@pytest.mark.slow
+def test_killed_rank_comes_back(tmp_path, reference):
+    """SIGKILL of one rank in mid-run: torchrun starts all ranks again, and they end with the bits of a run that nobody
+    disturbed."""
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
+    finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=2"], *proxy_flags(reference, undisturbed, *LONG)))
+    process = start([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3"],
+                    *proxy_flags(reference, out, *LONG, "--resume"), env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    wait_for(lambda: (out / "ckpt.pt").exists())
+    first = ranks_of(process)
+    os.kill(first[1], signal.SIGKILL)
+    output = finish(process)
+    assert "after step" in output and output.count("parameters,") == 2, output  # it started twice
+    found, expected = (torch.load(run / "ckpt.pt", weights_only=True) for run in (out, undisturbed))
+    assert found["step"] == 120 and torch.equal(found["alpha_history"], expected["alpha_history"])
+    assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
+
+
+@pytest.mark.slow
+def test_hanging_rank_ends_the_job(tmp_path, reference):
+    """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and its summary
+    names it: the rank that had to be killed, while the others ended by themselves."""
+    out = tmp_path / "run"
+    process = start([*TORCHRUN, "--standalone", "--nproc_per_node=2"],
+                    *proxy_flags(reference, out, *LONG, "--timeout=5", "--max_steps=9999"))
+    wait_for(lambda: (out / "ckpt.pt").exists())
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    begin = time.monotonic()
+    output = finish(process, status=1)
+    assert time.monotonic() - begin < 5 + 30 + 60, output  # 5 of ours, 30 of torchrun, and a slow machine
+    assert "Timed out waiting 5000ms" in output
+    status = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (-?\d+)", output))
+    assert status == {"0": "1", "1": "-9"}, output
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True).returncode == 0
+
+
+@pytest.fixture
+def two_nodes():
+    """Two network namespaces that see each other over a cable, and nothing else: ((name, address), ...)."""
+    names = [f"doremi{os.getpid()}{end}" for end in "ab"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    if not shutil.which("ip") or not ip("netns", "add", names[0]):
+        pytest.skip("no right to make network namespaces")
+    try:
+        assert ip("netns", "add", names[1])
+        assert ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, addresses):
+            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            assert ip("-n", name, "link", "set", "cable", "up") and ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, addresses))
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path, reference, two_nodes):
+    """Two nodes of two ranks each: the same alpha as one node of four, and one rank, to rounding."""
+    flags = ["--max_steps=12", "--micro_batch_size=3"]
+    nodes = [start(["ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_id=test",
+                    "--rdzv_backend=c10d", f"--rdzv_endpoint={two_nodes[0][1]}:29511", f"--local_addr={address}",
+                    f"--rdzv_conf=is_host={int(node == 0)}"], *proxy_flags(reference, tmp_path / "two", *flags),
+                   env={"GLOO_SOCKET_IFNAME": "cable"}) for node, (name, address) in enumerate(two_nodes)]
+    for process in nodes:
+        finish(process)
+    finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=4"], *proxy_flags(reference, tmp_path / "one", *flags)))
+    finish(start([sys.executable], *proxy_flags(reference, tmp_path / "alone", *flags)))
+    two, one, alone = (alpha_history(tmp_path / name) for name in ("two", "one", "alone"))
+    print(f"\ntwo nodes against one: {(two - one).abs().max():.1e}, against one rank: {(two - alone).abs().max():.1e}")
+    assert (two - one).abs().max() < 1e-10 and (two - alone).abs().max() < 1e-10

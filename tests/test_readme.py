@@ -1,0 +1,59 @@
+"""The README's commands work as they are printed, and the demo runs the same ones."""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, TINY
+from forked import run_forked
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [re.sub(r" +", " ", line.strip()) for line in re.findall(r"^    python (.*)$", README, re.MULTILINE)]
+PIPELINE = COMMANDS[: [command.startswith("export_hf.py") for command in COMMANDS].index(True) + 1]
+
+
+def test_commands_run_on_a_small_data_set(tmp_path):
+    """Nothing is changed but where they read and write, the size of the models, and the share of the few documents."""
+    texts = tmp_path / "data/demo-text"
+    texts.mkdir(parents=True)
+    for name, modules in {"short": "argparse inspect pickle typing", "middle": "doctest pdb pydoc subprocess tarfile",
+                          "long": "ast calendar configparser difflib mailbox optparse statistics zipfile"}.items():
+        sources = [inspect.getsource(__import__(module)) for module in modules.split()]
+        (texts / f"{name}.txt").write_text("\n\n".join(sources))
+    assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # tests/test_corpus.py runs it
+    small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY,
+             "train_doremi.py": [flag for flag in TINY if flag.startswith(("--eval", "--log", "--save", "--no-"))]}
+    for command in PIPELINE[1:]:
+        if command.startswith("export_hf.py"):
+            pytest.importorskip("transformers")
+        script, *flags = re.sub(r"\b(data|checkpoints|hf)/", rf"{tmp_path}/\1/", command).split()
+        run_forked(script, *flags, *small.get(script, []))
+    answer = json.loads((tmp_path / "checkpoints/proxy/weights.json").read_text())["domain_weights"]
+    large = json.loads((tmp_path / "checkpoints/large-doremi/config.json").read_text())
+    assert large["sampling_weights"] == pytest.approx(answer) and set(answer) == {"short", "middle", "long"}
+    assert (tmp_path / "checkpoints/large-doremi/compare.png").stat().st_size > 10_000
+    assert (tmp_path / "hf/large-doremi/model.safetensors").exists()
+
+
+def test_demo_runs_the_commands(tmp_path):
+    """Run demo.sh with a python that only writes down what it is asked to run."""
+    shutil.copy(ROOT / "demo.sh", tmp_path)
+    shutil.copy(ROOT / "requirements.txt", tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv/installed.txt")
+    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
+    python.chmod(0o755)
+    subprocess.run(["./demo.sh"], cwd=tmp_path, check=True, env={**os.environ, "PYTHON": "false"})
+    ran = [line.removesuffix(" --resume") for line in (tmp_path / "ran").read_text().splitlines()]
+    compared = [line for line in ran if line.startswith("compare.py")]
+    for command in PIPELINE:
+        if not command.startswith(("compare.py", "evaluate.py", "export_hf.py")):
+            assert command in ran
+    assert len(compared) == 1
+    assert all(f"--out_dir={run}" in " ".join(ran) for run in compared[0].split()[1:])

@@ -1,0 +1,145 @@
+"""Several ranks: FSDP2 changes where numbers are kept, not what they are.
+
+Alpha and the gradients of whole runs are compared with the oracle in test_exactness.py; here is what it cannot see.
+"""
+
+import pickletools
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT, TINY, read_metrics
+from forked import Job, distance, run_forked
+
+WIDE = ["--block_size=16", "--n_layer=3", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--n_ffn=96", "--batch_size=12",
+        "--max_steps=6", "--log_interval=3", "--eval_interval=3", "--eval_windows=2", "--save_interval=6",
+        "--no-compile", "--seed=5", "--learning_rate=0.01", "--warmup_steps=0", "--sampling_weights=uniform"]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, data_dir):
+    """A function that runs the reference on some ranks; returns its directory and each rank's notes."""
+    made = {}
+
+    def make(*flags, ranks=1, nodes=1):
+        key = flags, ranks, nodes
+        if key not in made:
+            out = tmp_path_factory.mktemp("sharding") / "run"
+            run_forked("train_reference.py", *WIDE, f"--data_dir={data_dir}", f"--out_dir={out}", *flags, ranks=ranks,
+                       nodes=nodes, record=f"{out}-notes")
+            made[key] = out, [torch.load(f"{out}-notes.{rank}", weights_only=True) for rank in range(ranks)]
+        return made[key]
+
+    return make
+
+
+def model_of(out):
+    return torch.load(out / "ckpt.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("ranks, nodes", [(2, 1), (4, 1), (4, 2)])
+def test_gradients_are_summed_in_every_block_and_in_the_root(train, ranks, nodes):
+    """Averaged ones would be 1 / N of these; AdamW would hide it, and a tenth of the parameters is in the root."""
+    out, notes = train("--dtype=float64", ranks=ranks, nodes=nodes)
+    alone, expected = train("--dtype=float64")
+    for found, gradients in zip(notes[0]["gradients"], expected[0]["gradients"], strict=True):
+        assert found.keys() == gradients.keys() and len(found) == 2 + 3 * 6
+        for name, gradient in gradients.items():
+            assert gradient.abs().max() > 1e-5, name
+            assert distance(found[name], gradient) < 1e-12, name
+    assert distance(model_of(out), model_of(alone)) < 1e-12
+
+
+@pytest.mark.parametrize("ranks, nodes", [(2, 1), (4, 1), (4, 2)])
+def test_each_rank_holds_its_share(train, ranks, nodes):
+    """1 / N of the parameters of its node, so that every node has all of them."""
+    _, notes = train("--dtype=float64", ranks=ranks, nodes=nodes)
+    _, alone = train("--dtype=float64")
+    held, total = [own["held"] for own in notes], alone[0]["held"]
+    assert sum(held) == nodes * total
+    assert max(held) <= 1.1 * total * nodes / ranks  # rows do not always divide
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 3e-3)])
+def test_losses_in_lower_precision_are_those_of_one_rank(train, dtype, bound):
+    """Blocks are gathered in the compute dtype; the rotary table, the root and the sums are not rounded to it."""
+    (out, notes), (alone, expected) = (train(f"--dtype={dtype}", ranks=ranks) for ranks in (2, 1))
+    ours, theirs = (read_metrics(path) for path in (out, alone))
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(a[name] == pytest.approx(b[name], abs=bound) for name in ("loss", "val_loss") if name in b)
+    for name, gradient in expected[0]["gradients"][0].items():  # the same parameters still: no step was taken
+        found = notes[0]["gradients"][0][name]
+        assert found.dtype == gradient.dtype == torch.float32
+        assert distance(found, gradient) < 3 * bound * gradient.abs().max(), name
+
+
+def test_the_first_loss_is_that_of_one_rank_to_rounding(train):
+    """Before any step bfloat16 differs by the order of float64 sums alone: a rounded rotary table shows here."""
+    flags = "--dtype=bfloat16", "--log_interval=1", "--max_steps=1"
+    losses = [read_metrics(train(*flags, ranks=ranks)[0])[0]["loss"] for ranks in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
+
+
+def test_evaluation_deals_every_rank_the_same_number_of_batches(train):
+    """8 windows, 3 ranks, one window at a time: the last round has two. A forward pass is a collective."""
+    (out, _), (alone, _) = train("--dtype=float64", "--micro_batch_size=1", ranks=3), train("--dtype=float64")
+    for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
+        assert ours.get("val_loss", {}) == pytest.approx(theirs.get("val_loss", {}), abs=1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recomputed_activations_change_nothing(train, ranks):
+    """To the bit: the same products in the same order."""
+    (plain, _), (recomputed, _) = (train("--dtype=float32", flag, ranks=ranks) for flag in
+                                   ("--no-activation_checkpointing", "--activation_checkpointing"))
+    assert distance(model_of(plain), model_of(recomputed)) == 0
+
+
+def test_nothing_waits_between_log_lines(world_waits):
+    """Numbers are read off tensors at steps 3 and 6, where lines, evaluations and checkpoints are; never between."""
+    for waits in world_waits:
+        assert {step for step, _ in waits if step} == {3, 6}
+        assert [step for step, method in waits if step == 3]
+
+
+@pytest.fixture(scope="module")
+def world_waits(train, tmp_path_factory, data_dir):
+    """[(step, method)] of each rank of both scripts, on two ranks; those of the notes' own steps are left out."""
+    reference, notes = train("--dtype=float32", ranks=2)
+    out = tmp_path_factory.mktemp("waits") / "proxy"
+    run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={out}", "--log_interval=3", "--no-compile",
+               "--eval_interval=6", "--eval_windows=2", "--micro_batch_size=3", ranks=2, record=f"{out}-notes")
+    found = [torch.load(f"{out}-notes.{rank}", weights_only=True) for rank in range(2)]
+    return [own["waits"] for own in [*notes, *found]]
+
+
+def test_checkpoint_needs_no_ranks_to_be_read(train):
+    """Plain tensors, nothing of torch.distributed in the file: weights_only reads it where that is not even there."""
+    out, _ = train("--dtype=float32", ranks=2)
+    with zipfile.ZipFile(out / "ckpt.pt") as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        named = [str(argument) for _, argument, _ in pickletools.genops(archive.read(name)) if argument is not None]
+    assert not [text for text in named if "distributed" in text or "DTensor" in text]
+    code = (f"import torch; c = torch.load({str(out / 'ckpt.pt')!r}, weights_only=True);"
+            "print({type(t) for t in c['model'].values()} == {torch.Tensor}, c['step'])")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "True 6\n"
+    state = torch.load(out / "ckpt.pt", weights_only=True)["optimizer"]["state"]
+    shapes = {tuple(value.shape) for value in model_of(out).values()}
+    assert len(state) == 20 and all(tuple(moments[name].shape) in shapes for moments in state.values()
+                                    for name in ("exp_avg", "exp_avg_sq"))
+
+
+def test_ranks_that_see_different_checkpoints_refuse(tmp_path, data_dir):
+    """Two nodes without a shared disk: rank 0 has a checkpoint of step 12, rank 1 has none."""
+    run_forked("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run0")
+    before = (tmp_path / "run0/ckpt.pt").read_bytes()
+    job = Job("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run{{rank}}", "--resume",
+              ranks=2)
+    for process in job.processes:
+        process.join(60)
+    assert [process.exitcode for process in job.processes] == [2, 2]
+    lines = [line for line in job.output().splitlines() if "error" in line]
+    assert len(lines) == 2 and all("0 to 12" in line for line in lines) and "Traceback" not in job.output()
+    assert (tmp_path / "run0/ckpt.pt").read_bytes() == before and not (tmp_path / "run1").exists()
