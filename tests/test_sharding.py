@@ -4,13 +4,11 @@ Alpha and the gradients of whole runs are compared with the oracle in test_exact
 """
 
 import pickletools
-import subprocess
-import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics
+from conftest import TINY, read_metrics
 from forked import Job, distance, run_forked
 
 WIDE = ["--block_size=16", "--n_layer=3", "--n_head=2", "--n_kv_head=1", "--n_embd=32", "--n_ffn=96", "--batch_size=12",
@@ -116,15 +114,13 @@ def world_waits(train, tmp_path_factory, data_dir):
 
 
 def test_checkpoint_needs_no_ranks_to_be_read(train):
-    """Plain tensors, nothing of torch.distributed in the file: weights_only reads it where that is not even there."""
+    """Plain tensors: weights_only reads it, and nothing of torch.distributed is named in the file."""
     out, _ = train("--dtype=float32", ranks=2)
     with zipfile.ZipFile(out / "ckpt.pt") as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
         named = [str(argument) for _, argument, _ in pickletools.genops(archive.read(name)) if argument is not None]
     assert not [text for text in named if "distributed" in text or "DTensor" in text]
-    code = (f"import torch; c = torch.load({str(out / 'ckpt.pt')!r}, weights_only=True);"
-            "print({type(t) for t in c['model'].values()} == {torch.Tensor}, c['step'])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "True 6\n"
+    assert {type(value) for value in model_of(out).values()} == {torch.Tensor}
     state = torch.load(out / "ckpt.pt", weights_only=True)["optimizer"]["state"]
     shapes = {tuple(value.shape) for value in model_of(out).values()}
     assert len(state) == 20 and all(tuple(moments[name].shape) in shapes for moments in state.values()
