@@ -147,7 +147,7 @@ def task_part(items, tokenizer, T):
 
 
 def cut(context, answer, eot, T):
-    """Yield the windows of an answer.  context, answer: token ids.
+    """Yield the windows of an answer.  context, answer: token ids, encoded apart: an answer begins with its space.
 
     The context begins with the end-of-text token, like a document, and is cut on the left to what fits before the
     answer. An answer of more than T tokens is scored T tokens at a time.
@@ -208,7 +208,7 @@ def table(names, results):
     for i, name in enumerate(names[1:], 1):
         changes = ((runs[i]["change"], runs[i]["change_error"]) for _, runs in rows)
         columns.append([name, "change", *(f"{c:+.4f}{'*' if c < 0 else ' '} ± {error:.4f}" for c, error in changes)])
-    lines = [*align(columns), "", "± one standard error; * better than the first run", ""]
+    lines = [*align(columns), "", "± one standard error" + "; * better than the first run" * (len(names) > 1), ""]
     for part, runs in rows:
         if "chance" in runs[0]:
             lines.append(f"{part}, accuracy (chance {runs[0]['chance']:.3f}): " + ", ".join(

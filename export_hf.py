@@ -113,7 +113,7 @@ def main(argv=None):
     parser.add_argument("--data_dir", help="the run's data set, for its tokenizer (default: where it was in training)")
     args = parser.parse_args(argv)
     if not tokenizers:
-        raise UserError(f"export_hf.py needs the package {missing}: pip install 'nanodoremi[hf]'")
+        raise UserError(f"export_hf.py needs the package {missing}: pip install '.[hf]'")
     [(config, parameters)], dataset = load_runs([args.run], args.data_dir)
     model = Transformer.load(config, parameters, torch.float32)
     tokenizer, eot = hf_tokenizer(dataset)
