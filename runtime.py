@@ -446,7 +446,8 @@ def load_checkpoint(out_dir, stage=None, expected=None):
     if not path.exists():
         return None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, so the ranks of a node share one copy of it in memory
+        checkpoint = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
         found = checkpoint["stage"]
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
         raise UserError(f"{path} cannot be read ({type(error).__name__}): it is corrupt, or no checkpoint of this "
