@@ -46,13 +46,12 @@ def tokens_to_reach(tokens, loss, target):
     return float(tokens[i - 1] + part * (tokens[i] - tokens[i - 1]))
 
 
-def above_front(front, point):
-    """How far a point's unweighted mean lies above the front at its token-weighted mean; below 0, it beats the front.
-
-    front: (N, 2) of (token-weighted, unweighted) means; straight lines between them; NaN outside their range.
-    """
-    order = np.argsort(front[:, 0])
-    return point[1] - np.interp(point[0], front[order, 0], front[order, 1], left=np.nan, right=np.nan)
+def behind_front(front, point):
+    """By how much a mixture of the front, (N, 2) of (token-weighted, unweighted) means, is better than the point in both
+    means. Below 0: nothing on the front, taken as straight lines, is better in both; by so much it is worse in one."""
+    share = np.linspace(0, len(front) - 1, 1000)
+    ends = np.array([np.interp(share, range(len(front)), column) for column in front.T])  # (2, 1000)
+    return (np.asarray(point)[:, None] - ends).min(axis=0).max()
 
 
 # ---- mixtures and runs
@@ -118,7 +117,7 @@ def report(results, figure=None):
     first = runs["natural", seeds[0]]
     print(f"{first['n_params']:,} parameters, {first['tokens'][-1] / first['n_params']:.0f} tokens per parameter\n\n"
           "| trained on | domains better than natural, by seed | mean loss | token-weighted mean | worst domain "
-          "| tokens to natural's last mean loss | above the temperatures' front |\n|" + " --- |" * 7)
+          "| tokens to natural's last mean loss | behind the temperatures' front |\n|" + " --- |" * 7)
     points = {}
     for mixture, label in LABELS.items():
         here = [seed for seed in seeds if (mixture, seed) in runs]
@@ -133,7 +132,7 @@ def report(results, figure=None):
             pace.append(tokens_to_reach(run["tokens"], run["unweighted"], base["unweighted"][-1]) / base["tokens"][-1])
             ends = [runs[name, seed] for name in FRONT if (name, seed) in runs]
             line = np.array([[end["weighted"][-1], end["unweighted"][-1]] for end in ends])
-            front.append(above_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
+            front.append(behind_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
         delta = np.array(delta)
         points[mixture] = delta
         print(f"| {label} | {', '.join(map(str, better))} | " + " | ".join(spread(column) for column in delta.T) +
