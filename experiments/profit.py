@@ -2,7 +2,7 @@
 
     python experiments/profit.py weights MIXTURE DATA_DIR THEORY_DIR/STEPS SEED FILE.json   (profit.sh does it)
     python experiments/profit.py collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
-    python experiments/profit.py report RESULTS [FIGURE.png]     from RESULTS alone
+    python experiments/profit.py report RESULTS [FIGURE.png TITLE] from RESULTS alone
 """
 
 import json
@@ -47,8 +47,10 @@ def tokens_to_reach(tokens, loss, target):
 
 
 def behind_front(front, point):
-    """By how much a mixture of the front, (N, 2) of (token-weighted, unweighted) means, is better than the point in both
-    means. Below 0: nothing on the front, taken as straight lines, is better in both; by so much it is worse in one."""
+    """By how much some mixture on the front is better than the point in both means; below 0: none is better in both.
+
+    front: (N, 2) of (token-weighted, unweighted) means, joined by straight lines; point: (2,).
+    """
     share = np.linspace(0, len(front) - 1, 1000)
     ends = np.array([np.interp(share, range(len(front)), column) for column in front.T])  # (2, 1000)
     return (np.asarray(point)[:, None] - ends).min(axis=0).max()
@@ -108,7 +110,7 @@ def spread(values):
     return f"{values.mean():+.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def report(results, figure=None):
+def report(results, figure=None, title=""):
     runs = {}
     for text in Path(results).read_text().splitlines():
         line = json.loads(text)
@@ -145,10 +147,10 @@ def report(results, figure=None):
                       for key in ("unweighted", "weighted")]
             print(f"| {LABELS[one]}, minus {LABELS[other]} | {change[0]} | {change[1]} |")
     if figure:
-        draw(figure, points)
+        draw(figure, points, title)
 
 
-def draw(path, points):
+def draw(path, points, title):
     """The plane of the two means, relative to natural: the temperatures' front, and everything else with error bars."""
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     centre = {mixture: delta.mean(axis=0) for mixture, delta in points.items()}
@@ -160,7 +162,9 @@ def draw(path, points):
         error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(3)
         axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker="s", linestyle="",
                       label=LABELS[mixture])
-    axes.set(xlabel="change of the token-weighted mean loss (nats), from natural",
+    axes.axhline(0, color="lightgrey", zorder=0)
+    axes.axvline(0, color="lightgrey", zorder=0)
+    axes.set(title=title, xlabel="change of the token-weighted mean loss (nats), from natural",
              ylabel="change of the unweighted mean loss (nats), from natural")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
