@@ -2,7 +2,7 @@
 
     python experiments/profit.py weights MIXTURE DATA_DIR THEORY_DIR/STEPS SEED FILE.json   (profit.sh does it)
     python experiments/profit.py collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
-    python experiments/profit.py report RESULTS [FIGURE.png]     from RESULTS alone
+    python experiments/profit.py report RESULTS [FIGURE.png TITLE] from RESULTS alone
 """
 
 import json
@@ -46,13 +46,14 @@ def tokens_to_reach(tokens, loss, target):
     return float(tokens[i - 1] + part * (tokens[i] - tokens[i - 1]))
 
 
-def above_front(front, point):
-    """How far a point's unweighted mean lies above the front at its token-weighted mean; below 0, it beats the front.
+def behind_front(front, point):
+    """By how much some mixture on the front is better than the point in both means; below 0: none is better in both.
 
-    front: (N, 2) of (token-weighted, unweighted) means; straight lines between them; NaN outside their range.
+    front: (N, 2) of (token-weighted, unweighted) means, joined by straight lines; point: (2,).
     """
-    order = np.argsort(front[:, 0])
-    return point[1] - np.interp(point[0], front[order, 0], front[order, 1], left=np.nan, right=np.nan)
+    share = np.linspace(0, len(front) - 1, 1000)
+    ends = np.array([np.interp(share, range(len(front)), column) for column in front.T])  # (2, 1000)
+    return (np.asarray(point)[:, None] - ends).min(axis=0).max()
 
 
 # ---- mixtures and runs
@@ -109,7 +110,7 @@ def spread(values):
     return f"{values.mean():+.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
-def report(results, figure=None):
+def report(results, figure=None, title=""):
     runs = {}
     for text in Path(results).read_text().splitlines():
         line = json.loads(text)
@@ -118,7 +119,7 @@ def report(results, figure=None):
     first = runs["natural", seeds[0]]
     print(f"{first['n_params']:,} parameters, {first['tokens'][-1] / first['n_params']:.0f} tokens per parameter\n\n"
           "| trained on | domains better than natural, by seed | mean loss | token-weighted mean | worst domain "
-          "| tokens to natural's last mean loss | above the temperatures' front |\n|" + " --- |" * 7)
+          "| tokens to natural's last mean loss | behind the temperatures' front |\n|" + " --- |" * 7)
     points = {}
     for mixture, label in LABELS.items():
         here = [seed for seed in seeds if (mixture, seed) in runs]
@@ -133,7 +134,7 @@ def report(results, figure=None):
             pace.append(tokens_to_reach(run["tokens"], run["unweighted"], base["unweighted"][-1]) / base["tokens"][-1])
             ends = [runs[name, seed] for name in FRONT if (name, seed) in runs]
             line = np.array([[end["weighted"][-1], end["unweighted"][-1]] for end in ends])
-            front.append(above_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
+            front.append(behind_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
         delta = np.array(delta)
         points[mixture] = delta
         print(f"| {label} | {', '.join(map(str, better))} | " + " | ".join(spread(column) for column in delta.T) +
@@ -146,10 +147,10 @@ def report(results, figure=None):
                       for key in ("unweighted", "weighted")]
             print(f"| {LABELS[one]}, minus {LABELS[other]} | {change[0]} | {change[1]} |")
     if figure:
-        draw(figure, points)
+        draw(figure, points, title)
 
 
-def draw(path, points):
+def draw(path, points, title):
     """The plane of the two means, relative to natural: the temperatures' front, and everything else with error bars."""
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     centre = {mixture: delta.mean(axis=0) for mixture, delta in points.items()}
@@ -161,7 +162,9 @@ def draw(path, points):
         error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(3)
         axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker="s", linestyle="",
                       label=LABELS[mixture])
-    axes.set(xlabel="change of the token-weighted mean loss (nats), from natural",
+    axes.axhline(0, color="lightgrey", zorder=0)
+    axes.axvline(0, color="lightgrey", zorder=0)
+    axes.set(title=title, xlabel="change of the token-weighted mean loss (nats), from natural",
              ylabel="change of the unweighted mean loss (nats), from natural")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -57,8 +57,9 @@ def test_tokens_to_reach_a_loss():
 
 def test_distance_from_the_front():
     front = np.array([[3.0, 4.0], [3.2, 3.8]])  # token-weighted, unweighted
-    assert profit.above_front(front, (3.1, 3.85)) == pytest.approx(-0.05)
-    assert np.isnan(profit.above_front(front, (2.9, 4.0)))
+    assert profit.behind_front(front, (3.2, 3.9)) == pytest.approx(0.05, abs=1e-3)  # (3.15, 3.85) is better in both
+    assert profit.behind_front(front, (3.1, 3.85)) == pytest.approx(-0.025, abs=1e-3)
+    assert profit.behind_front(front, (2.9, 4.0)) == pytest.approx(-0.1, abs=1e-3)
 
 
 def test_mixtures_of_the_profit():
