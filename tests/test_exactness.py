@@ -127,8 +127,8 @@ def check_run(world, truth, case, dtype, ranks, micro_batch_size, **options):
         assert max(deviations["alpha"], deviations["alpha_bar"]) < 1e-5 and deviations["excess"] < 1e-4
         assert distance(gradients[0], expected["gradients"][0]) < 1e-6
         return found
-    assert deviations.pop("model") < 1e-10  # twenty steps of Adam amplify
-    assert max(deviations.values()) < 1e-12
+    assert max(deviations["alpha"], deviations["alpha_bar"], distance(gradients[0], expected["gradients"][0])) < 1e-12
+    assert max(deviations.values()) < 1e-10  # twenty steps of Adam amplify the rounding of the first
     assert found["logged_alpha"] == found["alpha"]  # metrics.jsonl says what the history says
 
     # The case is what it is meant to be: alpha moves, some steps are clipped and some are not, domains are absent
