@@ -168,7 +168,7 @@ def draw(path, points, title):
     axes.set_title(title, fontsize=11)
     axes.set(xlabel="change of the token-weighted mean loss (nats), from natural",
              ylabel="change of the unweighted mean loss (nats), from natural")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
