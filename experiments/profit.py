@@ -104,10 +104,11 @@ def collect(out_dir, results):
 def spread(values):
     """Mean and standard deviation over seeds, as text."""
     values = np.array(values, dtype=float)
-    values = values[~np.isnan(values)]
-    if not len(values):
+    found = values[~np.isnan(values)]
+    if not len(found):
         return "never"
-    return f"{values.mean():+.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
+    text = f"{found.mean():+.3f}" + (f" ± {found.std(ddof=1):.3f}" if len(found) > 1 else "")
+    return text + (f" ({len(found)} of {len(values)} seeds)" if len(found) < len(values) else "")
 
 
 def report(results, figure=None, title=""):
@@ -164,9 +165,10 @@ def draw(path, points, title):
                       label=LABELS[mixture])
     axes.axhline(0, color="lightgrey", zorder=0)
     axes.axvline(0, color="lightgrey", zorder=0)
-    axes.set(title=title, xlabel="change of the token-weighted mean loss (nats), from natural",
+    axes.set_title(title, fontsize=11)
+    axes.set(xlabel="change of the token-weighted mean loss (nats), from natural",
              ylabel="change of the unweighted mean loss (nats), from natural")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

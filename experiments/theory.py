@@ -150,8 +150,8 @@ def report(results, figure=None):
         print(f"| {steps:,} | {name} | {len(found)} | " + " | ".join(f"{x.mean():.3f}" for x in distances) +
               f" | {(np.nanstd(resting, axis=1) / np.nanmean(resting, axis=1)).mean():.0%} | {null:.2f} |")
 
-    header("steps", "slope of log alpha on log r, R2", "tilts of two references, r", "of two seeds, r",
-           "loss on own log share, R2", "predicted tilt, own b: R2, r", "common b: R2, r",
+    header("steps", "slope of log alpha on log r, R2", "tilts of two references, corr", "of two seeds, corr",
+           "loss on own log share, R2", "predicted tilt, own b: R2, corr", "common b: R2, corr",
            "own b, without the largest tilt", "common b, without it", "own b, common b, r to alpha: TV")
     clouds = {}
     for steps in lengths:
@@ -220,7 +220,7 @@ def draw(path, runs, clouds):
     middle.legend(fontsize=7)
     right.axline((0, 0), slope=1, color="grey", linewidth=0.8)
     right.set(xlabel="predicted without a proxy: (D - c) / b", ylabel="measured: log(alpha / r)",
-              title="Two references foretell the rest")
+              title="References alone foretell the rest")
     figure.savefig(path, dpi=110)
 
 
