@@ -226,7 +226,7 @@ def main(argv=None):
     add_titles(figure, finding(domains, reference, answer), setting)
     out_dir = args.out_dir or args.runs[0]
     out_dir.mkdir(parents=True, exist_ok=True)
-    runtime.write_atomically(out_dir / "weights.png", lambda file: figure.savefig(file, format="png", dpi=150))
+    runtime.write_atomically(out_dir / "weights.png", lambda file: figure.savefig(file, format="png", dpi=110))
     runtime.write_atomically(out_dir / "weights.json", json.dumps(content, indent=2) + "\n")
     print(f"written: {out_dir / 'weights.json'}, {out_dir / 'weights.png'}")
 

@@ -242,7 +242,7 @@ def main(argv=None):
                + "; bars and bands: standard deviation over the seeds" * (len(baseline.seeds) > 1))
     out_dir = args.out_dir or args.runs[-1]
     out_dir.mkdir(parents=True, exist_ok=True)
-    runtime.write_atomically(out_dir / "compare.png", lambda file: figure.savefig(file, format="png", dpi=150))
+    runtime.write_atomically(out_dir / "compare.png", lambda file: figure.savefig(file, format="png", dpi=110))
     print(f"written: {out_dir / 'compare.png'}")
 
 
