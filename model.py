@@ -177,8 +177,9 @@ class Transformer(nn.Module):
     def __init__(self, config, dtype=torch.float32, recompute=False):
         super().__init__()
         self.config, self.dtype = config, dtype
-        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        with torch.random.fork_rng(devices=[]):  # torch's own initial values are not used, nor drawn on the meta device
+            self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
+            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.register_buffer("rotary", self.make_rotary(), persistent=False)
         for block in self.blocks:
