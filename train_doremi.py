@@ -4,8 +4,7 @@ reads   the reference's checkpoint and config, the data set named there
 writes  OUT_DIR/{flags.txt, config.json, metrics.jsonl, ckpt.pt, doremi_domain_weights_STEP.pt}
 next    python average_weights.py OUT_DIR
 
-The proxy has the reference's shape and, unless flags say otherwise, its data, steps, batch and learning rate. Batches
-are drawn with the sampling weights, which stay; alpha weights the domains' losses, and moves.
+The proxy has the reference's shape. It draws batches with fixed sampling weights; alpha weights the losses, and moves.
 """
 
 import torch
@@ -20,12 +19,9 @@ def parse_args():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument_group("DoReMi").add_argument
     add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default: %(default)s)")
-    add("--step_size", type=cli.non_negative, default=1.0,
-        help="eta of the weight update (default: %(default)s, the paper's)")
-    add("--smoothing", type=cli.fraction, default=1e-3,
-        help="c: alpha stays above c / K (default: %(default)s, the paper's)")
-    add("--sampling_weights", default="uniform",
-        help="what batches are drawn from, as in stage 1 (default: %(default)s, the paper's)")
+    add("--step_size", type=cli.non_negative, default=1.0, help="eta of the update (default: %(default)s, paper's)")
+    add("--smoothing", type=cli.fraction, default=1e-3, help="c: alpha is above c / K (default: %(default)s, paper's)")
+    add("--sampling_weights", default="uniform", help="what batches are drawn from (default: %(default)s, paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
     optimization = cli.add_optimization_flags(parser, inherited=True)
     cli.add_machine_flags(parser, "checkpoints/proxy", inherited=True)
