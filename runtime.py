@@ -40,7 +40,7 @@ def resolve_flags(args):
         args.warmup_steps = max(round(0.06 * args.max_steps), min(300, args.max_steps // 3))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.dtype == "auto":  # on a CPU bfloat16 is faster only from some million parameters on
+    if args.dtype == "auto":  # float32 on CPUs: not all multiply bfloat16, and runs should agree between them
         multiplies = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if multiplies else "float32"
     if not 0 < args.min_lr <= args.learning_rate:
