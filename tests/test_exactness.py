@@ -123,13 +123,12 @@ def check_run(world, truth, case, dtype, ranks, micro_batch_size, **options):
                   for name in ("alpha", "excess", "loss", "grad_norm", "model", "alpha_bar")}
     deviations["gradients"] = max(map(distance, gradients, expected["gradients"]))
     print(f"\n{case}, {dtype}, {ranks} ranks of {micro_batch_size} at a time: {deviations}")
-    if dtype == "float32":  # single precision; `many` multiplies any rounding by 60 in twenty steps, of float64 too
-        assert distance(found["alpha"][:10], expected["alpha"][:10]) < 1e-5
-        assert max(deviations["alpha"], 0.1 * deviations["excess"]) < (1e-5 if case != "many" else 1e-4)
+    if dtype == "float32":
+        assert max(deviations["alpha"], deviations["alpha_bar"], 0.1 * deviations["excess"]) < 1e-5
         assert distance(gradients[0], expected["gradients"][0]) < 1e-6
         return found
-    assert max(deviations["alpha"], deviations["alpha_bar"], distance(gradients[0], expected["gradients"][0])) < 1e-12
-    assert max(deviations.values()) < 1e-10  # twenty steps of Adam amplify the rounding of the first
+    assert deviations.pop("model") < 1e-10  # twenty steps of Adam amplify
+    assert max(deviations.values()) < 1e-12
     assert found["logged_alpha"] == found["alpha"]  # metrics.jsonl says what the history says
 
     # The case is what it is meant to be: alpha moves, some steps are clipped and some are not, domains are absent
