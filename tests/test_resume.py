@@ -162,7 +162,8 @@ def test_resuming_a_finished_run_changes_nothing(world, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("dtype, bound, ranks", [
-    ("float64", 1e-10, (1, 2, 3)), ("float64", 1e-10, (2, 1)), ("float64", 1e-10, (2, 4)), ("float32", 1e-5, (4, 2))])
+    ("float64", 1e-10, (1, 2, 3)), ("float64", 1e-10, (2, 1)), ("float64", 1e-10, (2, 4)), ("float32", 1e-5, (4, 2)),
+    ("float32", 1e-5, (1, 2, 3))])
 def test_resumed_with_other_ranks(world, undisturbed, tmp_path, dtype, bound, ranks):
     """Killed in the sixth step of each life but the last; an even number of ranks takes micro-batches of 3."""
     flags = [*script_flags("train_doremi.py", world, dtype), f"--out_dir={tmp_path}/run", "--resume"]
