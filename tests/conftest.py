@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -91,40 +92,65 @@ def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
     return batches, s.state_dict()
 
 
-def run_script(script, *flags, ranks=1, check=True, env=None, timeout=120):
+def run_script(script, *flags, ranks=1):
     """Run a script of the project as a subprocess with one thread per rank.  Return the CompletedProcess."""
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    result = subprocess.run([*launcher, str(ROOT / script), *map(str, flags)], capture_output=True, text=True,
-                            timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
-    assert not check or result.returncode == 0, result.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], capture_output=True,
+                            text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
     return result
 
 
-def run_here(script, *flags, status=0):
+def run_here(script, *flags, status=0, cwd="."):
     """Run a script in this process, as `python script flags` would: a run costs its steps, not seconds of imports.
 
-    Return its returncode, which must be `status`, stdout and stderr.
+    Return its stdout and stderr; its exit status must be `status`.
     """
-    out, err = io.StringIO(), io.StringIO()
-    before = sys.argv, torch.get_num_threads(), runtime.matmul_peak
+    found, argv, threads = 0, sys.argv, torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv, runtime.matmul_peak = [str(script), *map(str, flags)], lambda *_: 1e12  # a second's measurement
+    sys.argv = [str(script), *map(str, flags)]
     torch.set_num_threads(1)
-    found = 0
+    peak = mock.patch.object(runtime, "matmul_peak", lambda *_: 1e12, create=True)  # a second's measurement
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err,
+              contextlib.chdir(cwd), peak):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as error:
         found = error.code or 0
     finally:
-        sys.argv, _, runtime.matmul_peak = before
-        torch.set_num_threads(before[1])
+        sys.argv = argv
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert found == status, err.getvalue()
-    return SimpleNamespace(returncode=found, stdout=out.getvalue(), stderr=err.getvalue())
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def contents(folder):
+    """{path: bytes, or None of a folder}, of everything below a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+
+
+def refused(folder, mentions, script, *flags, cwd=".", begun=False):
+    """A script says why it stops: status 2, one line with all mentions, nothing new, changed or half-written in folder.
+
+    begun: it had begun to train, so it may leave a run's files, and a progress bar before the line; return their names.
+    """
+    before = contents(folder)
+    *bars, line = run_here(script, *flags, status=2, cwd=cwd).stderr.splitlines()
+    assert f"{script}: error: " in line and (begun or not bars), (bars, line)
+    assert all(mention in line for mention in mentions), (mentions, line)
+    after = contents(folder)
+    assert begun or after == before
+    assert not [path for path in after if path.name.endswith(".tmp")]
+    return {path.name for path, found in after.items() if found is not None and path not in before}
+
+
+def edit(path, change):
+    """Apply `change` to the object in a JSON file, in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def read_metrics(run_dir):
