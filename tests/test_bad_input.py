@@ -51,8 +51,8 @@ def edit_checkpoint(run, change):
 
 @pytest.mark.parametrize("file, spoil", [
     *((f"rich/{split}.bin", spoil) for split in ("train", "val") for spoil in (
-        lambda path: path.unlink(), lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(path.read_bytes()[:-7]), lambda path: path.write_bytes(path.read_bytes() + b"xx"))),
+        lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-7]),
+        lambda path: path.write_bytes(path.read_bytes() + b"xx"))),
     ("meta.json", lambda path: path.unlink()), ("meta.json", lambda path: path.write_text("{")),
     *(("meta.json", lambda path, change=change: edit(path, change)) for change in (
         lambda meta: meta.pop("dtype"), lambda meta: meta.update(dtype="uint12"), lambda meta: meta.update(domains={}),
