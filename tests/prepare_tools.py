@@ -1,17 +1,13 @@
-"""What the tests of prepare.py share: texts, writers of inputs, a reader of data sets."""
+"""What the tests of data sets share: texts, writers of inputs, a reader of data sets."""
 
-import contextlib
 import gzip
-import io
 import json
 import lzma
 import random
-import signal
-import sys
 
 import numpy as np
+from conftest import run_here
 
-import prepare
 import sampler
 import tokenizer
 
@@ -31,28 +27,16 @@ def prose(words, seed=0):
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
-    path.write_bytes(pack(data))
+    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(data))
 
 
 def write_texts(path, texts=TEXTS):
     write_rows(path, [{"text": text} for text in texts])
 
 
-def prepare_in(folder, arguments, main=prepare.main):
-    """Run a script's main in a folder; returns its exit status, standard output and standard error."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before, sys.argv, status = sys.argv, ["prepare.py", *arguments.split()], 0
-    try:
-        with (contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as out,
-              contextlib.redirect_stderr(io.StringIO()) as err):  # fmt: skip
-            prepare.run(main)
-    except SystemExit as stop:
-        status = stop.code
-    sys.argv = before
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return status, out.getvalue(), err.getvalue()
+def prepare_in(folder, arguments, script="prepare.py"):
+    """Run prepare.py or link.py in a folder.  Return what it prints."""
+    return run_here(script, *arguments.split(), cwd=folder).stdout
 
 
 def read_set(folder):
@@ -65,7 +49,7 @@ def read_set(folder):
         texts[domain] = {}
         for side in ("train", "val"):
             path = folder / sampler.folder_name(domain) / f"{side}.bin"
-            ids = np.fromfile(path, "<u2" if meta["dtype"] == "uint16" else "<u4")[: entry[f"{side}_tokens"]]
+            ids = np.fromfile(path, "<u2" if meta["dtype"] == "uint16" else "<u4")
             assert ids[0] == eot and ids.max() < meta["vocab_size"] and entry[f"{side}_tokens"] == len(ids)
             found = [decode(part[1:].tolist()) for part in np.split(ids, np.flatnonzero(ids == eot)[1:])]
             assert entry[f"{side}_documents"] == len(found)
@@ -76,7 +60,3 @@ def read_set(folder):
 
 def sides(found):
     return sorted(found["train"] + found["val"])
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
