@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, write_dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
-
-quick = settings(max_examples=60, deadline=None)
-
 
 # ---- windows ----
 
@@ -68,32 +63,25 @@ def test_plus_is_the_mean_of_two_mixtures(data_dir):
     assert weights == pytest.approx([0.175, 0.225, 0.275, 0.325], rel=1e-14)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda w: w, lambda w: {"domain_weights": w, "provenance": {"tokenizer_sha256": "synthetic" * 4}},
-    lambda w: {"train_domain_weights": w, "eval_domain_weights": {name: 9 for name in w}},
-    lambda w: {"domain_weights": w, "provenance": "by hand"}])
-def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap):
+@pytest.mark.parametrize("wrap, warned", [
+    (lambda w: w, False), (lambda w: {"domain_weights": w, "provenance": {"tokenizer_sha256": "synthetic" * 4}}, False),
+    (lambda w: {"train_domain_weights": w, "eval_domain_weights": {name: 9 for name in w}}, False),
+    (lambda w: {"domain_weights": w, "provenance": {"tokenizer_sha256": "another"}}, True)])
+def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap, warned):
     path = tmp_path / "weights.json"
     path.write_text(json.dumps(wrap({"small": 1, "rich": 2, "counting": 0.0, "simple": 5})))  # not meta.json's order
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         weights = sampling_weights(str(path), load_dataset(data_dir, 16), 0)
     assert weights.tolist() == [0.0, 5 / 8, 2 / 8, 1 / 8]
-
-
-def test_weights_found_with_another_tokenizer_are_warned_of(data_dir, tmp_path):
-    path = tmp_path / "weights.json"
-    content = {"domain_weights": dict.fromkeys(["counting", "simple", "rich", "small"], 0.25)}
-    path.write_text(json.dumps({**content, "provenance": {"tokenizer_sha256": "another"}}))
-    with pytest.warns(UserWarning, match="another tokenizer"):
-        sampling_weights(str(path), load_dataset(data_dir, 16), 0)
+    assert ["another tokenizer" in str(warning.message) for warning in caught] == [True] * warned
 
 
 # ---- evaluation ----
 
 
-@quick
-@given(st.integers(0, 12), st.integers(1, 7), st.integers(1, 20))
+@pytest.mark.parametrize("n_windows", [0, 1, 2, 4, 12])
+@pytest.mark.parametrize("batch_size, world_size", [(1, 1), (4, 1), (7, 1), (1, 3), (2, 4), (5, 20)])
 def test_evaluation_windows_are_spread_and_dealt_evenly(numbered, n_windows, batch_size, world_size):
     """Domains a, b, c have 5, 3, 9 validation windows; 0 means all of them. Every rank has as many batches."""
     found, numbers = [], set()
@@ -146,21 +134,6 @@ def test_domain_sums():
     total, excess, count = domain_sums(torch.tensor([2, 0, 2, 3]), 3, torch.float64, losses, losses / 2)
     assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
     assert torch.equal(excess, total / 2) and total.dtype == torch.float64
-
-
-@quick
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 11))
-def test_domain_sums_add_over_micro_batches(domain, cut):
-    losses, domain = torch.arange(len(domain) * 3.0).view(-1, 3), torch.tensor(domain)
-    whole, first, rest = (domain_sums(domain[part], 4, torch.float64, losses[part])
-                          for part in (slice(None), slice(cut), slice(cut, None)))
-    assert torch.equal(first + rest, whole)
-
-
-def test_bytes_per_token_and_record(numbered):
-    """conftest writes three bytes a token."""
-    assert numbered.bytes_per_token().tolist() == [3.0, 3.0, 3.0]
-    assert numbered.token_counts().tolist() == [57.0, 401.0, 185.0]
-    record = json.loads(json.dumps(numbered.describe(np.array([0.2, 0.5, 0.3]))))
-    assert record["sampling_weights"] == {"a": 0.2, "b": 0.5, "c": 0.3} and record["domains"] == ["a", "b", "c"]
-    assert record["data"]["train_tokens"] == {"a": 57, "b": 401, "c": 185}
+    parts = [domain_sums(torch.tensor([2, 0, 2, 3])[part], 3, torch.float64, losses[part], losses[part] / 2)
+             for part in (slice(1), slice(1, 4))]  # of micro-batches, they add
+    assert torch.equal(sum(parts), torch.stack([total, excess, count]))
