@@ -3,9 +3,6 @@
 Alpha and the gradients of whole runs are compared with the oracle in test_exactness.py; here is what it cannot see.
 """
 
-import pickletools
-import zipfile
-
 import pytest
 import torch
 from conftest import TINY, read_metrics
@@ -83,11 +80,13 @@ def test_one_large_step_in_bfloat16(train):
     assert distance(found, gradient) < 0.01 * gradient.abs().max()
 
 
-def test_evaluation_deals_every_rank_the_same_number_of_batches(train):
-    """8 windows, 3 ranks, one window at a time: the last round has two. A forward pass is a collective."""
+def test_metrics_are_those_of_one_rank(train):
+    """Three ranks, micro-batches of one sequence: to rounding.  Evaluation has 8 windows, and its last round two of
+    them; a forward pass is a collective, so every rank has to have as many."""
     (out, _), (alone, _) = train("--dtype=float64", "--micro_batch_size=1", ranks=3), train("--dtype=float64")
     for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
-        assert ours.get("val_loss", {}) == pytest.approx(theirs.get("val_loss", {}), abs=1e-12)
+        for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-12), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -98,33 +97,22 @@ def test_recomputed_activations_change_nothing(train, ranks):
     assert distance(model_of(plain), model_of(recomputed)) == 0
 
 
-def test_nothing_waits_between_log_lines(world_waits):
-    """Numbers are read off tensors at steps 3 and 6, where lines, evaluations and checkpoints are; never between."""
-    for waits in world_waits:
-        assert {step for step, _ in waits if step} == {3, 6}
-        assert [step for step, method in waits if step == 3]
-
-
-@pytest.fixture(scope="module")
-def world_waits(train, tmp_path_factory, data_dir):
-    """[(step, method)] of each rank of both scripts, on two ranks; those of the notes' own steps are left out."""
+def test_nothing_waits_between_log_lines(train, tmp_path):
+    """Of both scripts on two ranks: numbers are read off tensors at steps 3 and 6, where lines, evaluations and
+    checkpoints are; never between."""
     reference, notes = train("--dtype=float32", ranks=2)
-    out = tmp_path_factory.mktemp("waits") / "proxy"
-    run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={out}", "--log_interval=3", "--no-compile",
-               "--eval_interval=6", "--eval_windows=2", "--micro_batch_size=3", ranks=2, record=f"{out}-notes")
-    found = [torch.load(f"{out}-notes.{rank}", weights_only=True) for rank in range(2)]
-    return [own["waits"] for own in [*notes, *found]]
+    run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={tmp_path}/proxy", "--log_interval=3",
+               "--no-compile", "--eval_interval=6", "--eval_windows=2", "--micro_batch_size=3", ranks=2,
+               record=f"{tmp_path}/notes")
+    for own in [*notes, *(torch.load(f"{tmp_path}/notes.{rank}", weights_only=True) for rank in range(2))]:
+        assert {step for step, _ in own["waits"] if step} == {3, 6}
 
 
 def test_checkpoint_needs_no_ranks_to_be_read(train):
-    """Plain tensors: weights_only reads it, and nothing of torch.distributed is named in the file."""
+    """Whole and plain tensors, which weights_only reads."""
     out, _ = train("--dtype=float32", ranks=2)
-    with zipfile.ZipFile(out / "ckpt.pt") as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
-        named = [str(argument) for _, argument, _ in pickletools.genops(archive.read(name)) if argument is not None]
-    assert not [text for text in named if "distributed" in text or "DTensor" in text]
-    assert {type(value) for value in model_of(out).values()} == {torch.Tensor}
     state = torch.load(out / "ckpt.pt", weights_only=True)["optimizer"]["state"]
+    assert {type(value) for value in model_of(out).values()} == {torch.Tensor}
     shapes = {tuple(value.shape) for value in model_of(out).values()}
     assert len(state) == 20 and all(tuple(moments[name].shape) in shapes for moments in state.values()
                                     for name in ("exp_avg", "exp_avg_sq"))
