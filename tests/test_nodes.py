@@ -1,11 +1,13 @@
-"""Several nodes, and ranks that die, hang, or see another disk: real processes under torchrun."""
+"""Several nodes, and ranks that die or hang: real processes under torchrun. All of it is slow.
+
+What needs no launcher is in test_sharding.py and test_exactness.py.
+"""
 
 import contextlib
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_here
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LONG = ["--max_steps=120", "--warmup_steps=4", "--save_interval=20", "--eval_interval=120"]
 
@@ -23,8 +26,7 @@ LONG = ["--max_steps=120", "--warmup_steps=4", "--save_interval=20", "--eval_int
 def reference(tmp_path_factory, data_dir):
     """A finished reference in float64."""
     out = tmp_path_factory.mktemp("nodes") / "reference"
-    finish(start([sys.executable], "train_reference.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY,
-                 "--dtype=float64"))
+    run_here("train_reference.py", f"--data_dir={data_dir}", f"--out_dir={out}", *TINY, "--dtype=float64")
     return out
 
 
@@ -85,33 +87,10 @@ def wait_for_checkpoint(process, run):
         time.sleep(0.01)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def alpha_history(run):
     return torch.load(run / "ckpt.pt", weights_only=True)["alpha_history"]
 
 
-def test_ranks_that_see_different_checkpoints_refuse(tmp_path, reference):
-    """No shared disk: the second node has no checkpoint.  Nobody trains, each says so in one line."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    shutil.copytree(reference, here)
-    before = (here / "ckpt.pt").read_bytes()
-    port = free_port()
-    flags = [f"@{reference}/flags.txt", "--micro_batch_size=6", "--resume"]
-    ranks = [start([sys.executable], "train_reference.py", *flags, f"--out_dir={out}",
-                   env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port)}) for rank, out in enumerate((here, there))]
-    for process in ranks:
-        lines = [line for line in finish(process, status=2).splitlines() if "error" in line]
-        assert len(lines) == 1 and "the ranks see checkpoints of steps 0 to 12" in lines[0], lines
-    assert (here / "ckpt.pt").read_bytes() == before and not (there / "ckpt.pt").exists()
-
-
-@pytest.mark.slow
 def test_killed_rank_comes_back(tmp_path, reference):
     """SIGKILL of one rank in mid-run: torchrun starts all ranks again, and they end with the bits of a run that nobody
     disturbed."""
@@ -129,7 +108,6 @@ def test_killed_rank_comes_back(tmp_path, reference):
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
 
 
-@pytest.mark.slow
 def test_hanging_rank_ends_the_job(tmp_path, reference):
     """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and its summary
     names it: the rank that had to be killed, while the others ended by themselves."""
@@ -169,7 +147,6 @@ def two_nodes():
             ip("netns", "del", name)
 
 
-@pytest.mark.slow
 def test_two_nodes(tmp_path, reference, two_nodes):
     """Two nodes of two ranks each: the same alpha as one node of four, and one rank, to rounding."""
     flags = ["--max_steps=12", "--micro_batch_size=3"]
