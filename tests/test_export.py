@@ -1,6 +1,5 @@
 """export_hf.py: the exported model's losses, text and token ids are the run's; lm-eval's figures are evaluate.py's."""
 
-import importlib
 import json
 import math
 import os
@@ -13,21 +12,25 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import run_script
+from conftest import edit, refused, run_here
 from test_evaluate import write_texts
 
-import evaluate
+import export_hf
 import runtime
-from cli import UserError
 from model import Transformer
 from sampler import load_dataset
-from tokenizer import PATTERN
+from tokenizer import PATTERN, load_tokenizer
 
-pytest.importorskip("tokenizers")
-transformers = pytest.importorskip("transformers")
-import export_hf  # noqa: E402
+tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
 
 T = 32
+
+
+def train_and_export(root):
+    run_here("train_reference.py", f"--data_dir={root / 'data'}", f"--out_dir={root / 'run'}", "--max_steps=20",
+             f"--block_size={T}", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=48", "--n_ffn=80",
+             "--batch_size=8", "--eval_interval=99", "--no-compile", "--dtype=float32")
+    run_here("export_hf.py", root / "run", root / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -35,24 +38,9 @@ def place(tmp_path_factory):
     """data: a data set of 300 tokens; run: a finished run on it; hf: the run's export."""
     root = tmp_path_factory.mktemp("export")
     write_texts(root / "texts", ["alpha", "beta"])
-    run_script("prepare.py", root / "texts", f"--out_dir={root / 'data'}", "--tokenizer=train:300",
-               "--val_fraction=0.2")
-    run_script("train_reference.py", f"--data_dir={root / 'data'}", f"--out_dir={root / 'run'}", "--max_steps=20",
-               f"--block_size={T}", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=48", "--n_ffn=80",
-               "--batch_size=8", "--eval_interval=99", "--no-compile", "--dtype=float32")
-    run_script("export_hf.py", root / "run", root / "hf")
+    run_here("prepare.py", root / "texts", f"--out_dir={root / 'data'}", "--tokenizer=train:300", "--val_fraction=0.2")
+    train_and_export(root)
     return root
-
-
-@pytest.fixture(scope="module")
-def ours(place):
-    config, checkpoint = runtime.load_finished(place / "run", ("reference",))
-    return Transformer.load(config, checkpoint["model"], torch.float32)
-
-
-@pytest.fixture(scope="module")
-def theirs(place):
-    return transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32).eval()
 
 
 def strings(rng, n):
@@ -77,7 +65,10 @@ def ids_of(tokenizer, texts):
     return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
-def test_losses_and_greedy_text_are_the_runs_own(place, ours, theirs):
+def test_losses_and_greedy_text_are_the_runs_own(place):
+    config, checkpoint = runtime.load_finished(place / "run", ("reference",))
+    ours = Transformer.load(config, checkpoint["model"], torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32).eval()
     dataset = load_dataset(place / "data", T)
     tokens = torch.from_numpy(np.concatenate(dataset.val).astype(np.int64))
     with torch.no_grad():
@@ -96,7 +87,7 @@ def test_losses_and_greedy_text_are_the_runs_own(place, ours, theirs):
 
 def test_ids_are_the_data_sets(place):
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "hf")
-    encode = evaluate.data_tokenizer(load_dataset(place / "data", T)).encode
+    encode = load_tokenizer(str(place / "data/tokenizer.tiktoken")).encode
     documents = [json.loads(line)["text"] for path in (place / "texts").iterdir() for line in path.open()]
     texts = [*strings(random.Random(0), 3000), *characters(), *documents]
     assert ids_of(tokenizer, texts) == [encode(text.encode()).tolist() for text in texts]
@@ -108,78 +99,55 @@ def test_ids_are_the_data_sets(place):
 def test_patterns_that_mean_something_else_to_the_other_engine():
     """{1,3}+ and $, as in the patterns of tiktoken's own encodings."""
     pattern = PATTERN.replace("{1,3}", "{1,3}+").replace(r"|\s*[\r\n]", r"|\s++$|\s*[\r\n]")
-    assert pattern.count("+$") == pattern.count("{1,3}+") == 1
     tokens = [*(bytes([b]) for b in range(256)), b"00", b"0000", b"\n\n", b"  ", b"    ", b" \n", b"  \n"]
     ranks = {token: rank for rank, token in enumerate(tokens)}
     expected = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode
-    rng = random.Random(0)
+    found, rng = export_hf.from_ranks(ranks, pattern, len(ranks)), random.Random(0)
     texts = ["".join(rng.choices("00 \n\ra", k=rng.randint(1, 12))) for _ in range(5000)]
-    found = export_hf.from_ranks(ranks, pattern, len(ranks))
     assert [found.encode(text).ids for text in texts] == [expected(text) for text in texts]
 
 
-def test_other_tokenizers(place, tmp_path):
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<stop>"])
+def test_other_tokenizers(place, tmp_path, name):
     """Bytes, and a tokenizer.json whose end-of-text token has a name of its own."""
-    import tokenizers
-
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(["ab abab baba"] * 9, tokenizers.trainers.BpeTrainer(
-        vocab_size=270, initial_alphabet=alphabet, special_tokens=["<stop>"]))
-    made.save(str(tmp_path / "their.json"))
+    spec, flags = "bytes", []
+    if name == "<stop>":
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
+        made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.train_from_iterator(["ab abab baba"] * 9, tokenizers.trainers.BpeTrainer(
+            vocab_size=270, initial_alphabet=made.pre_tokenizer.alphabet(), special_tokens=["<stop>"]))
+        made.save(str(tmp_path / "their.json"))
+        spec, flags = tmp_path / "their.json", ["--eot_token=<stop>"]
+    run_here("prepare.py", place / "texts", f"--out_dir={tmp_path / 'data'}", f"--tokenizer={spec}",
+             "--val_fraction=0.2", *flags)
+    train_and_export(tmp_path)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    encode = load_tokenizer("bytes" if spec == "bytes" else str(spec), name).encode
     texts = [*strings(random.Random(1), 300), "abab baba"]
-    for spec, name in (("bytes", "<|endoftext|>"), (tmp_path / "their.json", "<stop>")):
-        out_dir = tmp_path / name.strip("<|>")
-        run_script("prepare.py", place / "texts", f"--out_dir={out_dir}", f"--tokenizer={spec}", "--val_fraction=0.2",
-                   *(["--eot_token=<stop>"] if spec != "bytes" else []))
-        dataset = load_dataset(out_dir, T)
-        exported, found = export_hf.hf_tokenizer(dataset)
-        encode = evaluate.data_tokenizer(dataset).encode
-        assert found == name
-        for text in texts:
-            assert exported.encode(text).ids == [dataset.meta["eot_token"], *encode(text.encode()).tolist()]
+    assert ids_of(exported, texts) == [encode(text.encode()).tolist() for text in texts]
+    assert exported("ab")["input_ids"][0] == exported.eos_token_id and exported.eos_token == name
 
 
 def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
-    shutil.copytree(place / "run", tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    config["flags"]["max_steps"] = 99
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    before = sorted(place.rglob("*"))
-    with pytest.raises(UserError, match=r"unfinished \(20 of 99 steps\)"):
-        export_hf.main([str(tmp_path / "run"), str(tmp_path / "new")])
-    result = run_script("export_hf.py", place / "run", place / "hf", check=False)
-    assert result.returncode == 2 and "exists already" in result.stderr and result.stderr.count("\n") == 1
-    assert sorted(place.rglob("*")) == before and not (tmp_path / "new").exists()
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
+    refused(tmp_path, ["unfinished (20 of 99 steps)"], "export_hf.py", run, tmp_path / "new")
+    refused(place, [f"{place}/hf"], "export_hf.py", place / "run", place / "hf")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    monkeypatch.delitem(sys.modules, "export_hf")
-    without = importlib.import_module("export_hf")
-    with pytest.raises(UserError, match=r"needs the package safetensors.*pip install"):
-        without.main([str(place / "run"), str(tmp_path / "new")])
+    refused(tmp_path, ["safetensors", "pip install"], "export_hf.py", place / "run", tmp_path / "new")
 
 
-ROLLING = """
-task: own_documents
+TASK = """
+task: NAME
 dataset_path: json
 dataset_kwargs: {data_files: {test: FILE}}
 test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{answer}}"
-metric_list: [{metric: bits_per_byte}]
-"""
-ANSWERS = """
-task: own_answers
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: loglikelihood
+target_delimiter: ""
 doc_to_text: "{{context}}"
 doc_to_target: "{{answer}}"
-target_delimiter: ""
-metric_list: [{metric: perplexity}]
 """
+KINDS = {"own_documents": "output_type: loglikelihood_rolling\nmetric_list: [{metric: bits_per_byte}]\n",
+         "own_answers": "output_type: loglikelihood\nmetric_list: [{metric: perplexity}]\n"}
 
 
 @pytest.mark.slow
@@ -191,17 +159,17 @@ def test_lm_eval_finds_the_same_bits_per_byte(place, tmp_path):
     rows = {"own_documents": [{"context": "", "answer": text} for text in documents],
             "own_answers": [{"context": " ".join(w[:4]), "answer": " " + " ".join(w[4:8])} for w in words]}
     found = {}
-    for task, yaml, bos in (("own_documents", ROLLING, False), ("own_answers", ANSWERS, True)):
+    for task, kind in KINDS.items():
         data = tmp_path / f"{task}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
-        (tmp_path / f"{task}.yaml").write_text(yaml.replace("FILE", str(data)))
-        model = f"pretrained={place / 'hf'},add_bos_token={bos}"
+        (tmp_path / f"{task}.yaml").write_text(TASK.replace("NAME", task).replace("FILE", str(data)) + kind)
+        model = f"pretrained={place / 'hf'},add_bos_token={task == 'own_answers'}"
         command = ["lm_eval", "--model", "hf", "--model_args", model, "--tasks", task, "--include_path", tmp_path,
                    "--device", "cpu", "--output_path", tmp_path / task]
         subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
         result, = (tmp_path / task).rglob("results*.json")
         found[task] = json.loads(result.read_text())["results"][task]
-    evaluate.main([str(place / "run"), *(f"--task_file={tmp_path / task}.jsonl" for task in rows)])
+    run_here("evaluate.py", place / "run", *(f"--task_file={tmp_path / task}.jsonl" for task in rows))
     ours = json.loads((place / "run" / "evaluation.jsonl").read_text().splitlines()[-1])["tasks"]
     size = np.mean([len(row["answer"].encode()) for row in rows["own_answers"]])
     theirs = {"own_documents": found["own_documents"]["bits_per_byte,none"],
