@@ -252,7 +252,8 @@ class Run:
         self.args, self.machine, self.main = args, machine, machine.rank == 0
         self.out_dir, self.stage = Path(args.out_dir), config["stage"]
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        config = {**config, "flags": vars(args), "versions": versions(), "device": str(machine.device),
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        config = {**config, "flags": vars(args), "versions": versions, "device": str(machine.device),
                   "world_size": machine.world_size}
         self.identity = identity(config)
         if (self.out_dir / "ckpt.pt").exists() and not args.resume:
@@ -261,7 +262,7 @@ class Run:
         start = self.checkpoint["step"] if self.checkpoint else 0
         self.agree_on(start)
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
-        self.pending = []  # (step, {name: tensor}) since the last look, still on the device
+        self.recorded = None  # (step, {name: tensor}) of the last step, still on the device
         self.signal = 0  # that asked the run to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)
@@ -323,21 +324,17 @@ class Run:
         return step % interval == 0 or step == self.args.max_steps
 
     def record(self, step, **tensors):
-        """Keep tensors that have to be finite on the device.  Nothing waits for them before the next log line."""
-        self.pending.append((step, tensors))
+        """Keep what has to be finite of the last step.  Nothing waits for it before the next log line."""
+        self.recorded = step, tensors
         self.progress.update()
 
     def check_finite(self):
-        """Raise UserError at the first recorded step that is not finite."""
-        pending, self.pending = self.pending, []
-        if not pending:
-            return
-        finite = torch.stack([torch.stack([t.isfinite().all() for t in tensors.values()]) for _, tensors in pending])
-        for (step, tensors), row in zip(pending, finite.tolist()):
-            if not all(row):
-                bad = " and ".join(name for name, good in zip(tensors, row) if not good)
-                raise UserError(f"step {step}: the {bad} is not finite; the step is not saved. Lower --learning_rate, "
-                                "or look at the data of that step")
+        """Raise UserError if the last step is not finite: what is not finite once spreads to all later steps."""
+        step, tensors = self.recorded
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            raise UserError(f"step {step}: the {' and '.join(bad)} is not finite, perhaps since the last line of "
+                            "metrics; the step is not saved. Lower --learning_rate, or look at the data")
 
     def log(self, step, **values):
         """Append a line of this step's values and the speed since the last line.  values: numbers, tensors of one
@@ -513,7 +510,3 @@ def fingerprint(model):
     for name, parameter in model.named_parameters():
         digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

@@ -275,10 +275,3 @@ def test_epochs_are_counted_and_the_fifth_is_warned_of_once(numbered):
         draw(numbered, [0.5, 0.5, 0.0], 14, 2, state=state)  # resumed: it was said already
         draw(numbered, [0.5, 0.5, 0.0], 14, 7, rank=1, world_size=2)  # other ranks are silent
     assert len(caught) == 1
-
-
-def test_state_of_another_number_of_domains_is_refused(numbered):
-    s = Sampler(numbered, [0.2, 0.5, 0.3], 4, seed=0)
-    with pytest.raises(UserError, match="2 domains, the data set has 3"):
-        s.load_state_dict({"step": 1, "drawn": [2, 2]})
-    s.close()
