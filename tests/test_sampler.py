@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import sampler
-from cli import UserError
 from sampler import Sampler, load_dataset, permute, round_keys, systematic_counts
 
 quick = settings(max_examples=60, deadline=None)
