@@ -73,7 +73,8 @@ def add_optimization_flags(parser, inherited=False):
     group = parser.add_argument_group("optimization")
 
     def add(name, kind, default, meaning, shown="%(default)s"):
-        shown = "the reference's" if inherited and name != "--seed" else shown
+        if inherited and name != "--seed":
+            shown = f"the reference's; with another --max_steps, {shown}" if "max_steps" in shown else "the reference's"
         choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
 

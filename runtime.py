@@ -430,6 +430,7 @@ def read_config(out_dir):
     try:
         config = json.loads(path.read_text())
         identity(config), config["stage"], config["model"], config["n_params"], config["domains"], config["data"]
+        config["flags"]["seed"], config["flags"]["max_steps"]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected the directory of a training run") from None
     except (KeyError, TypeError, AttributeError) as error:
