@@ -1,7 +1,6 @@
 """The command line: flags, each once with unit and default, and bad input in one line with exit status 2."""
 
 import argparse
-import errno
 import json
 import math
 import shlex
@@ -18,24 +17,17 @@ class UserError(Exception):
     """
 
 
-def run(main):
-    """Call main(); turn a UserError, or a disk that is full or read-only, into one line and exit status 2."""
+def run(main, leave=lambda: None):
+    """Call main().  Turn a UserError, and what the operating system refuses, into one line and exit status 2, after
+    leave()."""
     try:
         main()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if not full and error.errno not in (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR):
-            raise
-        remedy = "free some space or choose" if full else "choose"
-        message = f"{error.filename or 'output'}: {error.strerror}; {remedy} another --out_dir"
-    else:
-        return
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # so that the error has a line of its own
-    print(f"{sys.argv[0]}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    except (UserError, OSError) as error:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # so that the error has a line of its own
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        leave()
+        sys.exit(2)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -81,7 +73,8 @@ def add_optimization_flags(parser, inherited=False):
     group = parser.add_argument_group("optimization")
 
     def add(name, kind, default, meaning, shown="%(default)s"):
-        shown = "the reference's" if inherited and name != "--seed" else shown
+        if inherited and name != "--seed":
+            shown = f"the reference's; with another --max_steps, {shown}" if "max_steps" in shown else "the reference's"
         choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
 

@@ -100,6 +100,12 @@ def setup(args):
     return Machine(device, getattr(torch, args.dtype), sum_dtype, rank, world_size, local)
 
 
+def leave_ranks():
+    """Stop the threads that talk to other ranks: Python aborts if one still holds a tensor when it ends."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def keep_freed_memory():
     """Keep freed memory in the process: glibc gives large blocks back to the kernel, and the next step has to fault
     them in again, page by page. This makes a step on a CPU 1.2 to 1.35 times faster (docs/performance.md)."""
@@ -246,7 +252,8 @@ class Run:
         self.args, self.machine, self.main = args, machine, machine.rank == 0
         self.out_dir, self.stage = Path(args.out_dir), config["stage"]
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
-        config = {**config, "flags": vars(args), "versions": versions(), "device": str(machine.device),
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        config = {**config, "flags": vars(args), "versions": versions, "device": str(machine.device),
                   "world_size": machine.world_size}
         self.identity = identity(config)
         if (self.out_dir / "ckpt.pt").exists() and not args.resume:
@@ -255,7 +262,7 @@ class Run:
         start = self.checkpoint["step"] if self.checkpoint else 0
         self.agree_on(start)
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
-        self.pending = []  # (step, {name: tensor}) since the last look, still on the device
+        self.recorded = None  # (step, {name: tensor}) of the last step, still on the device
         self.signal = 0  # that asked the run to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)
@@ -317,21 +324,17 @@ class Run:
         return step % interval == 0 or step == self.args.max_steps
 
     def record(self, step, **tensors):
-        """Keep tensors that have to be finite on the device.  Nothing waits for them before the next log line."""
-        self.pending.append((step, tensors))
+        """Keep what has to be finite of the last step.  Nothing waits for it before the next log line."""
+        self.recorded = step, tensors
         self.progress.update()
 
     def check_finite(self):
-        """Raise UserError at the first recorded step that is not finite."""
-        pending, self.pending = self.pending, []
-        if not pending:
-            return
-        finite = torch.stack([torch.stack([t.isfinite().all() for t in tensors.values()]) for _, tensors in pending])
-        for (step, tensors), row in zip(pending, finite.tolist()):
-            if not all(row):
-                bad = " and ".join(name for name, good in zip(tensors, row) if not good)
-                raise UserError(f"step {step}: the {bad} is not finite; the step is not saved. Lower --learning_rate, "
-                                "or look at the data of that step")
+        """Raise UserError if the last step is not finite: what is not finite once spreads to all later steps."""
+        step, tensors = self.recorded
+        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if bad:
+            raise UserError(f"step {step}: the {' and '.join(bad)} is not finite, perhaps since the last line of "
+                            "metrics; the step is not saved. Lower --learning_rate, or look at the data")
 
     def log(self, step, **values):
         """Append a line of this step's values and the speed since the last line.  values: numbers, tensors of one
@@ -355,9 +358,8 @@ class Run:
 
     def write(self, line):
         line = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in line.items()}
-        with naming(self.metrics.name):
-            self.metrics.write(json.dumps(line) + "\n")
-            self.metrics.flush()
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
         if self.wandb:
             self.wandb.log(slashed(line), step=line["step"])
 
@@ -367,8 +369,7 @@ class Run:
         state = whole({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                        "sampler": sampler.state_dict(), **state})
         if self.main:
-            with naming(self.metrics.name):
-                os.fsync(self.metrics.fileno())
+            os.fsync(self.metrics.fileno())
             checkpoint = {"stage": self.stage, "identity": self.identity, "step": step, "seconds": self.elapsed(),
                           "wandb_id": self.wandb.id if self.wandb else None, **state}
             write_atomically(self.out_dir / "ckpt.pt", lambda file: torch.save(checkpoint, file))
@@ -392,8 +393,7 @@ class Run:
                 self.wandb.finish()
             print(f"{self.out_dir}: {'stopped (--resume continues)' if stopped else 'done'} after step {step:,} of "
                   f"{self.args.max_steps:,}, {self.elapsed():.0f} s", flush=True)
-        if self.machine.world_size > 1:
-            dist.destroy_process_group()
+        leave_ranks()
         if stopped:
             sys.exit(128 + self.signal)
 
@@ -430,6 +430,7 @@ def read_config(out_dir):
     try:
         config = json.loads(path.read_text())
         identity(config), config["stage"], config["model"], config["n_params"], config["domains"], config["data"]
+        config["flags"]["seed"], config["flags"]["max_steps"]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected the directory of a training run") from None
     except (KeyError, TypeError, AttributeError) as error:
@@ -479,7 +480,7 @@ def write_atomically(path, content):
     """Write a file that appears whole or not at all.  content: a string, or a function that writes to a binary file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content.encode()) if isinstance(content, str) else content(file)
             file.flush()
             os.fsync(file.fileno())
@@ -489,16 +490,6 @@ def write_atomically(path, content):
             temporary.unlink()
         if isinstance(error, RuntimeError):  # torch.save reports a full disk as one
             raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
-        raise
-
-
-@contextlib.contextmanager
-def naming(path):
-    """Put the path into an OSError of a write, which does not know it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
         raise
 
 
@@ -520,7 +511,3 @@ def fingerprint(model):
     for name, parameter in model.named_parameters():
         digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def versions():
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}

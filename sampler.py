@@ -44,17 +44,10 @@ class Dataset:
 
     def describe(self, weights):
         """What a run records of its data: JSON values.  weights: (K,) sampling weights."""
-        return {
-            "domains": list(self.domains),
-            "sampling_weights": dict(zip(self.domains, np.asarray(weights).tolist())),
-            "data": {
-                "data_dir": self.directory,
-                "tokenizer": self.meta["tokenizer"],
-                "tokenizer_sha256": self.meta["tokenizer_sha256"],
-                "vocab_size": self.meta["vocab_size"],
-                "train_tokens": {name: self.meta["domains"][name]["train_tokens"] for name in self.domains},
-            },
-        }
+        data = {name: self.meta[name] for name in ("tokenizer", "tokenizer_sha256", "vocab_size")}
+        data["train_tokens"] = {name: self.meta["domains"][name]["train_tokens"] for name in self.domains}
+        named = dict(zip(self.domains, np.asarray(weights).tolist()))
+        return {"domains": list(self.domains), "sampling_weights": named, "data": {"data_dir": self.directory, **data}}
 
     def check_same_data(self, run, config):
         """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
@@ -88,18 +81,14 @@ def load_dataset(directory, block_size):
         dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         domains = tuple(meta["domains"])
         sizes = {split: [int(c[f"{split}_tokens"]) for c in meta["domains"].values()] for split in ("train", "val")}
-        meta["vocab_size"] = int(meta["vocab_size"])
         meta["tokenizer"], meta["tokenizer_sha256"]  # what a run records
+        if not domains or not 0 < meta["vocab_size"] <= np.iinfo(dtype).max + 1:
+            raise ValueError(f"{len(domains)} domains, vocab_size {meta['vocab_size']} in {meta['dtype']}")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); prepare the data set again") from None
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} lacks or garbles {error}; prepare the data set again with this version") from None
-    if not domains:
-        raise UserError(f"{path} names no domain; prepare the data set again")
-    if meta["vocab_size"] - 1 > np.iinfo(dtype).max:
-        raise UserError(f"{path}: vocab_size {meta['vocab_size']} does not fit the dtype {meta['dtype']}")
+        raise UserError(f"{path} is not JSON, or lacks or garbles something ({type(error).__name__}: {error}); prepare "
+                        "the data set again") from None
     splits = {split: [] for split in sizes}
     for split, windows in splits.items():
         for name, n_tokens in zip(domains, sizes[split]):
@@ -154,21 +143,25 @@ def sampling_weights(spec, dataset, planned_tokens):
         return np.mean([sampling_weights(part, dataset, planned_tokens) for part in spec.split("+")], axis=0)
     counts, k = dataset.token_counts(), len(dataset.domains)
     kind, _, parameter = spec.partition(":")
-    if spec == "uniform":
-        weights = np.ones(k)
-    elif spec == "token_count":
-        weights = counts
-    elif kind == "temperature":
-        weights = counts ** parse_number(parameter, spec)
-    elif kind == "unimax":
-        weights = unimax(counts, planned_tokens, parse_number(parameter, spec))
-    elif spec.endswith(".json"):
-        weights = weights_from_json(Path(spec), dataset)
-    else:
-        weights = np.array([parse_number(part, spec) for part in spec.split(",")])
-        if len(weights) != k:
-            raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
-                            f"{', '.join(dataset.domains)}")
+    try:
+        if spec == "uniform":
+            weights = np.ones(k)
+        elif spec == "token_count":
+            weights = counts
+        elif kind == "temperature":
+            weights = counts ** float(parameter)
+        elif kind == "unimax":
+            weights = unimax(counts, planned_tokens, float(parameter))
+        elif spec.endswith(".json"):
+            weights = weights_from_json(Path(spec), dataset)
+        else:
+            weights = np.array([float(part) for part in spec.split(",")])
+    except ValueError as error:
+        raise UserError(f"'{spec}' is no mixture ({error}); expected uniform, token_count, temperature:P, "
+                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8") from None
+    if len(weights) != k:
+        raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
+                        f"{', '.join(dataset.domains)}")
     for name, weight in zip(dataset.domains, weights):
         if not (np.isfinite(weight) and weight >= 0):
             raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
@@ -177,42 +170,27 @@ def sampling_weights(spec, dataset, planned_tokens):
     return weights / weights.sum()
 
 
-def parse_number(text, spec):
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"'{spec}' is no mixture: '{text}' is no number; expected uniform, token_count, temperature:P, "
-                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8") from None
-
-
 def weights_from_json(path, dataset):
     """{DOMAIN: weight}, or an object that holds that under domain_weights (ours) or train_domain_weights (the official
     repository's).  Matched by name, never by position."""
     domains = dataset.domains
     try:
         content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; it should hold the domain weights") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    provenance = content.get("provenance") if isinstance(content, dict) else None
+        provenance = content.get("provenance")
+        weights = content.get("domain_weights", content.get("train_domain_weights", content))
+        unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
+        if odd := {name: weight for name, weight in weights.items() if type(weight) not in (int, float)}:
+            raise ValueError(f"no numbers: {odd}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected an object {{DOMAIN: weight}} in JSON") from None
+    if unknown or missing:
+        raise UserError(f"{path} does not match the data's domains: unknown: {unknown}; without a weight: {missing}. "
+                        "Weights are matched by name; give a domain weight 0 to leave it out")
     tokenizer = provenance.get("tokenizer_sha256") if isinstance(provenance, dict) else None
     if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
         warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do "
                       "not carry over between tokenizers.", stacklevel=2)
-    for key in ("domain_weights", "train_domain_weights"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; expected an object {{DOMAIN: weight}}")
-    unknown, missing = sorted(set(content) - set(domains)), sorted(set(domains) - set(content))
-    if unknown or missing:
-        raise UserError(f"{path} does not match the data's domains: unknown: {unknown}; without a weight: {missing}. "
-                        "Weights are matched by name; give a domain weight 0 to leave it out")
-    for name, weight in content.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise UserError(f"{path}: the weight of '{name}' is {weight!r}; it must be a finite number >= 0")
-    return np.array([float(content[name]) for name in domains])
+    return np.array([float(weights[name]) for name in domains])
 
 
 def unimax(counts, budget, epochs):
@@ -347,11 +325,11 @@ class Sampler:
         """How often each domain has been seen: (K,) float64."""
         return np.array([drawn / len(w) for drawn, w in zip(self.state["drawn"], self.dataset.train)])
 
-    def warn_of_repetition(self, limit=4):
-        """Repeating data up to four times costs little, more costs much (Muennighoff et al. 2023)."""
-        for i in np.flatnonzero(self.epochs() > limit).tolist():
+    def warn_of_repetition(self):
+        """Repeating data up to four times costs little (Muennighoff et al. 2023).  Warn once of a domain with more."""
+        for i in np.flatnonzero(self.epochs() > 4).tolist():
             if i not in self.warned and self.rank == 0:
-                warnings.warn(f"domain '{self.dataset.domains[i]}' has been repeated more than {limit} times by batch "
+                warnings.warn(f"domain '{self.dataset.domains[i]}' has been repeated more than 4 times by batch "
                               f"{self.state['step']}", stacklevel=2)
             self.warned.add(i)
 
@@ -359,9 +337,6 @@ class Sampler:
         return {"step": self.state["step"], "drawn": list(self.state["drawn"])}
 
     def load_state_dict(self, state):
-        if len(state["drawn"]) != len(self.dataset.domains):
-            raise UserError(f"the sampler's state is of {len(state['drawn'])} domains, the data set has "
-                            f"{len(self.dataset.domains)}")
         self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None
         self.warned = set(np.flatnonzero(self.epochs() > 4).tolist())
 

@@ -144,4 +144,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: train(parse_args()))
+    cli.run(lambda: train(parse_args()), runtime.leave_ranks)

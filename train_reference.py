@@ -86,4 +86,4 @@ def train(args, stage):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: train(parse_args(__doc__, DEFAULTS), "reference"))
+    cli.run(lambda: train(parse_args(__doc__, DEFAULTS), "reference"), runtime.leave_ranks)

@@ -17,12 +17,14 @@ LABELS = {
     "natural": "natural", "temperature-0.7": "temperature 0.7", "temperature-0.5": "temperature 0.5",
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
     "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
+    "doremi-reversed": "DoReMi, reference on reversed",
     "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-last-half": "DoReMi, last half",
     "doremi-1600": "DoReMi, 1,600 steps",
 }
 FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
 PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
-         ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-last-half"), ("doremi-uniform", "uniform"))
+         ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-last-half"), ("doremi-uniform", "uniform"),
+         ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"))
 
 
 # ---- the arithmetic: arrays in, numbers out
@@ -69,7 +71,7 @@ def mixture_weights(mixture, counts, theory, seed):
         weights = (natural + 1 / len(natural)) / 2
     else:
         steps = int(power if power.isdigit() else Path(theory).name)
-        reference = "uniform" if power == "uniform" else "natural"
+        reference = power if power in ("uniform", "reversed") else "natural"
         proxy = Path(theory).parent / f"{steps}-{reference}-{seed}" / "proxy"
         history = torch.load(proxy / f"doremi_domain_weights_{steps}.pt", weights_only=True)
         alpha = torch.stack([entry["domain_weights"] for entry in history]).double().numpy()

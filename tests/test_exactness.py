@@ -25,8 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
 
 BATCH, STEPS = 24, 20
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "n_ffn": 24}
-FLAGS = [f"--batch_size={BATCH}", "--learning_rate=0.02", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
+FLAGS = [f"--batch_size={BATCH}", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
          "--log_interval=1", "--no-compile"]
+# At 0.02 these runs amplify: in the case `many`, a float32 rounding of the initial parameters alone moves the oracle's
+# excess by 1e-4 in twenty steps. At 0.01 they do not, so float32 can be held to its own precision.
+LEARNING_RATE = {"float64": 0.02, "float32": 0.01}
 SAMPLING = {"even": "uniform", "skewed": "0.9,0.075,0.02,0.005", "many": "uniform"}
 NUMBERS = itertools.count()  # of runs: each has its directory
 
@@ -42,7 +45,7 @@ def small_world(directory, case, dtype):
     data = write_dataset(directory / "data", streams)
     run_forked("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
                *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
-               "--sampling_weights=uniform")
+               "--sampling_weights=uniform", f"--learning_rate={LEARNING_RATE[dtype]}")
     return directory
 
 
@@ -124,8 +127,8 @@ def check_run(world, truth, case, dtype, ranks, micro_batch_size, **options):
     deviations["gradients"] = max(map(distance, gradients, expected["gradients"]))
     print(f"\n{case}, {dtype}, {ranks} ranks of {micro_batch_size} at a time: {deviations}")
     if dtype == "float32":
-        assert max(deviations["alpha"], deviations["alpha_bar"], 0.1 * deviations["excess"]) < 1e-5
-        assert distance(gradients[0], expected["gradients"][0]) < 1e-6
+        assert max(deviations["alpha"], deviations["alpha_bar"], deviations["excess"]) < 2e-6
+        assert distance(gradients[0], expected["gradients"][0]) < 1e-6 * expected["grad_norm"][0]  # of 2 to 7
         return found
     assert deviations.pop("model") < 1e-10  # twenty steps of Adam amplify
     assert max(deviations.values()) < 1e-12
@@ -203,8 +206,8 @@ def test_uniform_alpha_is_ordinary_training(world):
     24 sequences of 4 domains: 6 of each, so the mean of the domains' means is the mean over all tokens.
     """
     directory = world("even", "float64")
-    common = [f"--data_dir={directory}/data", *FLAGS, "--max_steps=5", "--seed=3", "--dtype=float64",
-              "--sampling_weights=uniform"]
+    common = [f"--data_dir={directory}/data", *FLAGS, "--learning_rate=0.02", "--max_steps=5", "--seed=3",
+              "--dtype=float64", "--sampling_weights=uniform"]
     run_forked("train_reference.py", f"--out_dir={directory}/plain", *common,
                *(f"--{name}={value}" for name, value in SHAPE.items()))
     run_forked("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={directory}/still", "--step_size=0",
