@@ -11,12 +11,6 @@ import profit
 import theory
 
 
-def test_mixtures_deal_the_counts_out_in_reverse():
-    mixtures = theory.mixtures([10, 70, 20])
-    assert mixtures["natural"] == pytest.approx([0.1, 0.7, 0.2])
-    assert mixtures["reversed"] == pytest.approx([0.7, 0.1, 0.2])  # the smallest gets the largest's share
-
-
 def test_prediction_tilts_by_disagreement_and_sums_to_one():
     r = np.array([0.5, 0.3, 0.2])
     assert theory.predict(r, np.array([0.3, 0.3, 0.3]), np.array([0.2, 0.4, 0.1])) == pytest.approx(r)

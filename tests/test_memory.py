@@ -16,21 +16,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_dataset
 
-sys.path.append(str(ROOT / "experiments"))
-import memory
-
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")]
 COMMON = ["--block_size=64", "--batch_size=4", "--max_steps=3", "--eval_interval=3", "--eval_windows=1",
           "--save_interval=3", "--dtype=float32", "--device=cpu", "--no-compile"]
 TINY = ["--n_layer=1", "--n_head=1", "--n_kv_head=1", "--n_embd=2", "--n_ffn=1"]
 LARGE = ["--n_layer=8", "--n_head=8", "--n_kv_head=4", "--n_embd=512", "--n_ffn=1792"]  # 30.4M parameters
 # Freed memory goes back to the kernel: the heap keeps it otherwise, and a small model looks like a large one
 TRIM = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-
-
-def resident(field):
-    """Bytes of this process in memory: RssAnon now, VmHWM at most."""
-    ctypes.CDLL(None).malloc_trim(0)
-    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def train_and_print(out, *flags):
@@ -41,15 +34,17 @@ def train_and_print(out, *flags):
     held, clip = [], runtime.clip_gradients
 
     def clip_noted(*args):
-        held.append([resident("RssAnon"), resident("VmHWM")])
+        ctypes.CDLL(None).malloc_trim(0)
+        status = Path("/proc/self/status").read_text()
+        held[:] = [1024 * int(re.search(rf"{field}:\s+(\d+)", status)[1]) for field in ("RssAnon", "VmHWM")]
         norm = clip(*args)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again: that of the first step was of its making
         return norm
 
     runtime.clip_gradients, runtime.keep_freed_memory, runtime.matmul_peak = clip_noted, lambda: None, lambda *_: 1e12
-    sys.argv, rank = ["train_reference.py", *flags], os.environ.get("RANK", "0")
+    sys.argv = ["train_reference.py", *flags]
     runpy.run_path(str(ROOT / "train_reference.py"), run_name="__main__")
-    Path(f"{out}.{rank}").write_text(json.dumps(held[-1]))
+    Path(f"{out}.{os.environ.get('RANK', 0)}").write_text(json.dumps(held))
 
 
 def measured(tmp_path, ranks, data_dir, *flags):
@@ -69,8 +64,6 @@ def predicted(ranks, *flags):
     return {line[1].strip(): 1e9 * float(line[2]) for line in lines}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_prediction_against_a_run(tmp_path, ranks):
     """Weights, moments and gradients within 10%; the peak below the bound. A tiny model's run is taken off: libraries,
@@ -86,29 +79,6 @@ def test_prediction_against_a_run(tmp_path, ranks):
           f"predicted {bytes_of['at most'] / 1e6:.0f}")
     assert held == pytest.approx(expected, rel=0.1)
     assert 0.95 * expected < peak < bytes_of["at most"]
-
-
-def test_arithmetic(monkeypatch):
-    """Eight ranks of a model whose sizes are worked out by hand: 2 blocks, width 8, 2 heads, hidden 24, 80 tokens."""
-    shape = ["--vocab_size=80", "--n_layer=2", "--n_head=2", "--n_kv_head=1", "--n_embd=8", "--n_ffn=24",
-             "--block_size=32", "--batch_size=16", "--micro_batch_size=2", "--dtype=float32"]
-    monkeypatch.setattr(sys, "argv", ["memory.py", *shape, "--ranks=8"])
-    args = memory.parse_args()
-    found = memory.predict(args)
-    # of 8 rows or more, each rank has an eighth: embedding 80 x 8; qkv (2 + 2) x 4 x 8, out 8 x 8, gate and up 48 x 8,
-    # down 8 x 24; norms 2 x 8 in each block and 8 at the end
-    numbers = (80 * 8 + 2 * (16 * 8 + 8 * 8 + 48 * 8 + 8 * 24 + 16) + 8) // 8
-    assert [found[name] for name in ("weights", "moments", "gradients")] == [4 * numbers, 8 * numbers, 4 * numbers]
-    args.activation_checkpointing = True
-    kept, block_input = memory.predict(args)["activations"], 4 * 2 * 32 * 8  # float32, 2 sequences of 32, width 8
-    one, two = memory.saved_for_backward(args, 1), memory.saved_for_backward(args, 2)
-    assert kept == one + 2 * block_input
-    # A block keeps for each token, in widths: of each norm its input, that divided by the root mean square, and the
-    # output: 6; q 1, k 1/2, the product that v is a part of 2, attention's output 1; gate and up in one 6, silu(gate)
-    # 3, their product 3. And 4 single numbers: two root mean squares, a log-sum-exp for each head
-    assert two - one == block_input * (6 + 4.5 + 12) + 4 * 2 * 32 * 4
-    one_batch, many = memory.at_most(found, False), memory.at_most(found, True)
-    assert many - one_batch == found["gradients"]
 
 
 if __name__ == "__main__":
