@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, run_here
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO_RANKS = [*TORCHRUN, "--standalone", "--nproc_per_node=2"]
 LONG = ["--max_steps=120", "--warmup_steps=4", "--save_interval=20", "--eval_interval=120"]
 
 
@@ -30,42 +31,30 @@ def reference(tmp_path_factory, data_dir):
     return out
 
 
-def proxy_flags(reference, out, *more):
-    return ["train_doremi.py", f"--reference={reference}", f"--out_dir={out}", "--log_interval=3", "--eval_windows=4",
-            "--no-compile", *more]
+@pytest.fixture
+def start(reference):
+    """A function that starts a proxy under a launcher; what is left of its processes at the end is killed."""
+    started = []
+
+    def make(launcher, out, *flags, env=None):
+        command = [*map(str, launcher), str(ROOT / "train_doremi.py"), f"--reference={reference}", f"--out_dir={out}",
+                   "--log_interval=3", "--eval_windows=4", "--no-compile", *flags]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}))
+        return started[-1]
+
+    yield make
+    for process in started:
+        if process.poll() is None:
+            for pid in [*ranks_of(process).values(), process.pid]:  # torchrun puts ranks into sessions of their own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
 
 
-STARTED = []
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    yield
-    while STARTED:
-        end(STARTED.pop())
-
-
-def start(launcher, script, *flags, env=None):
-    """Start a script under a launcher in a process group of its own."""
-    command = [*map(str, launcher), str(ROOT / script), *map(str, flags)]
-    STARTED.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                    start_new_session=True,
-                                    env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}))
-    return STARTED[-1]
-
-
-def end(process):
-    """Kill a launcher and the ranks below it, which torchrun puts into sessions of their own."""
-    if process.poll() is None:
-        for pid in [*ranks_of(process).values(), process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-
-def finish(process, status=0, timeout=300):
+def finish(process, status=0):
     """Wait for the end.  Return the output."""
-    output = process.communicate(timeout=timeout)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == status, output
     return output
 
@@ -87,20 +76,15 @@ def wait_for_checkpoint(process, run):
         time.sleep(0.01)
 
 
-def alpha_history(run):
-    return torch.load(run / "ckpt.pt", weights_only=True)["alpha_history"]
-
-
-def test_killed_rank_comes_back(tmp_path, reference):
+def test_killed_rank_comes_back(tmp_path, start):
     """SIGKILL of one rank in mid-run: torchrun starts all ranks again, and they end with the bits of a run that nobody
     disturbed."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
-    finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=2"], *proxy_flags(reference, undisturbed, *LONG)))
-    process = start([*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3"],
-                    *proxy_flags(reference, out, *LONG, "--resume"), env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    finish(start(TWO_RANKS, undisturbed, *LONG))
+    process = start([*TWO_RANKS, "--max-restarts=3"], out, *LONG, "--resume",
+                    env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     wait_for_checkpoint(process, out)
-    first = ranks_of(process)
-    os.kill(first[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = finish(process)
     assert "after step" in output and output.count("parameters,") == 2, output  # it started twice
     found, expected = (torch.load(run / "ckpt.pt", weights_only=True) for run in (out, undisturbed))
@@ -108,13 +92,11 @@ def test_killed_rank_comes_back(tmp_path, reference):
     assert all(torch.equal(found["model"][name], value) for name, value in expected["model"].items())
 
 
-def test_hanging_rank_ends_the_job(tmp_path, reference):
+def test_hanging_rank_ends_the_job(tmp_path, start):
     """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and its summary
     names it: the rank that had to be killed, while the others ended by themselves."""
-    out = tmp_path / "run"
-    process = start([*TORCHRUN, "--standalone", "--nproc_per_node=2"],
-                    *proxy_flags(reference, out, *LONG, "--timeout=20", "--max_steps=9999"))
-    wait_for_checkpoint(process, out)
+    process = start(TWO_RANKS, tmp_path / "run", *LONG, "--timeout=20", "--max_steps=9999")
+    wait_for_checkpoint(process, tmp_path / "run")
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     begin = time.monotonic()
     output = finish(process, status=1)
@@ -147,17 +129,18 @@ def two_nodes():
             ip("netns", "del", name)
 
 
-def test_two_nodes(tmp_path, reference, two_nodes):
+def test_two_nodes(tmp_path, start, two_nodes):
     """Two nodes of two ranks each: the same alpha as one node of four, and one rank, to rounding."""
     flags = ["--max_steps=12", "--micro_batch_size=3"]
     nodes = [start(["ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_id=test",
                     "--rdzv_backend=c10d", f"--rdzv_endpoint={two_nodes[0][1]}:29511", f"--local_addr={address}",
-                    f"--rdzv_conf=is_host={int(node == 0)}"], *proxy_flags(reference, tmp_path / "two", *flags),
+                    f"--rdzv_conf=is_host={int(node == 0)}"], tmp_path / "two", *flags,
                    env={"GLOO_SOCKET_IFNAME": "cable"}) for node, (name, address) in enumerate(two_nodes)]
     for process in nodes:
         finish(process)
-    finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=4"], *proxy_flags(reference, tmp_path / "one", *flags)))
-    finish(start([sys.executable], *proxy_flags(reference, tmp_path / "alone", *flags)))
-    two, one, alone = (alpha_history(tmp_path / name) for name in ("two", "one", "alone"))
+    finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=4"], tmp_path / "one", *flags))
+    finish(start([sys.executable], tmp_path / "alone", *flags))
+    two, one, alone = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["alpha_history"]
+                       for name in ("two", "one", "alone"))
     print(f"\ntwo nodes against one: {(two - one).abs().max():.1e}, against one rank: {(two - alone).abs().max():.1e}")
     assert (two - one).abs().max() < 1e-10 and (two - alone).abs().max() < 1e-10
