@@ -4,19 +4,13 @@ Compared are the tensors of the final checkpoint, the weight history, the list o
 but its timings. The short form kills at chosen points of the code (forked.arm), the long form at random times.
 """
 
-import json
-import os
 import random
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY, read_metrics
 from forked import Job, distance, run_forked
 
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
@@ -61,12 +55,12 @@ def undisturbed(world):
 
 def left_by(out):
     """What a run leaves, without its timings."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     checkpoint = torch.load(out / "ckpt.pt", weights_only=True)
     histories = list(out.glob("doremi_domain_weights_*.pt"))
     assert len(histories) <= 1
     return {"files": sorted(path.name for path in out.iterdir()),
-            "metrics": [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines],
+            "metrics": [{name: value for name, value in line.items() if name not in TIMINGS}
+                        for line in read_metrics(out)],
             "checkpoint": {name: value for name, value in checkpoint.items() if name not in ("seconds", "identity")},
             "history": [torch.load(path, weights_only=True) for path in histories]}
 
@@ -137,21 +131,6 @@ def test_stopped_and_resumed(world, undisturbed, tmp_path, script, ranks, stops_
     assert_same(left_by(tmp_path / "run"), undisturbed(script, ranks=ranks))
 
 
-def test_a_stopped_stage_stops_the_shell_script(world, tmp_path):
-    """bash's set -e does not go on to the next stage."""
-    flags = [*script_flags("train_reference.py", world, "float32"), f"--out_dir={tmp_path}/run"]
-    command = shlex.join([sys.executable, str(ROOT / "train_reference.py"), *flags, "--max_steps=100000"])
-    shell = subprocess.Popen(["bash", "-c", f"set -e; {command}; echo next stage"], stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.DEVNULL, start_new_session=True)
-    metrics = tmp_path / "run/metrics.jsonl"
-    while shell.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-        time.sleep(0.05)
-    os.killpg(shell.pid, signal.SIGINT)  # Ctrl-C
-    output = shell.communicate(timeout=60)[0]
-    assert shell.returncode == 130 and "stopped" in output and "next stage" not in output
-    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] > 0
-
-
 def test_resuming_a_finished_run_changes_nothing(world, undisturbed, tmp_path):
     flags = [*script_flags("train_doremi.py", world, "float32"), f"--out_dir={tmp_path}/run"]
     for resume in ([], ["--resume"]):
@@ -201,17 +180,3 @@ def test_random_kills(world, undisturbed, tmp_path, script, ranks, kills=12):
     print(f"killed at steps {reached}")
     run_forked(script, *flags, ranks=ranks)
     assert_same(left_by(tmp_path / "run"), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point, n", [(point, n) for point in ("flushed", "renamed", "bytes") for n in range(1, 10)
-                                      if not (point == "bytes" and n > 6)])
-@pytest.mark.parametrize("script", ["train_reference.py", "train_doremi.py"])
-def test_every_rename_and_every_file(world, undisturbed, tmp_path, script, point, n):
-    """Every file that a run writes: killed in the middle of it, before its rename, after its rename."""
-    if script == "train_reference.py" and n > (3 if point == "bytes" else 6):
-        pytest.skip("it writes no more files")
-    flags = [*script_flags(script, world, "float32"), f"--out_dir={tmp_path}/run"]
-    run_forked(script, *flags, kill=(point, n), status=-9)
-    run_forked(script, *flags, "--resume")
-    assert_same(left_by(tmp_path / "run"), undisturbed(script))
