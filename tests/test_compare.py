@@ -105,13 +105,6 @@ def test_other_seeds_are_not_paired(tmp_path):
     assert compared(paths[0], *paths[2:])[1]["books"][-1] == "±0.5657"  # one seed has no deviation: 0.8 / sqrt(2)
 
 
-def test_only_the_seed_makes_a_group(tmp_path, runs):
-    same_name = large_run(tmp_path / "faster-s2", FASTER, seed=2, flags={"learning_rate": 1.0})
-    said, rows = compared(*runs[:2], same_name)
-    assert rows["books"] == ["2.0000", "-0.1000*", "-0.1000*"]
-    assert str(runs[1]) in said and str(same_name) in said  # names that do not tell them apart are given in full
-
-
 @pytest.mark.parametrize("name, changes", [
     ("domains", {"domains": ["books", "code", "news"]}), ("eval_windows", {"flags": {"eval_windows": 5}}),
     ("tokenizer_sha256", {"data": {"tokenizer_sha256": "cd" * 32}}), ("unfinished", {"losses": FASTER[:3]}),

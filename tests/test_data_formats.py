@@ -24,9 +24,6 @@ UNICODE = [
 ]
 
 
-# ---- tokenizers ----
-
-
 @pytest.fixture(scope="module")
 def hf_tokenizer(tmp_path_factory):
     """A folder with a byte-level BPE tokenizer as transformers saves it; end of text is id 0."""
@@ -49,25 +46,19 @@ def test_tokenizer_json_has_the_ids_of_transformers(hf_tokenizer):
     assert 0 not in ours.encode(b"<|endoftext|>").tolist()  # a text cannot forge the border of a document
 
 
-def test_tokenizer_json_makes_a_data_set_that_keeps_it(tmp_path, hf_tokenizer):
+def test_tokenizers_are_kept_beside_the_data_and_serve_again(tmp_path, hf_tokenizer):
     write_texts(tmp_path / "raw/a.jsonl")
-    prepare_in(tmp_path, f"raw --tokenizer={hf_tokenizer}/tokenizer.json")
-    meta, texts = read_set(tmp_path / "data/raw")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["eot_token"]) == ("tokenizer.json", 400, 0)
+    for spec, out_dir in ((hf_tokenizer / "tokenizer.json", "json"), ("train:300", "first"),
+                          ("first/tokenizer.tiktoken", "second")):
+        prepare_in(tmp_path, f"raw --tokenizer={spec} --out_dir={out_dir}")
+    (json_meta, texts), (first, _), (second, _) = (read_set(tmp_path / name) for name in ("json", "first", "second"))
+    assert (json_meta["tokenizer"], json_meta["vocab_size"], json_meta["eot_token"]) == ("tokenizer.json", 400, 0)
     assert sides(texts["a"]) == sorted(TEXTS)
-    assert (tmp_path / "data/raw/tokenizer.json").read_bytes() == (hf_tokenizer / "tokenizer.json").read_bytes()
+    assert (tmp_path / "json/tokenizer.json").read_bytes() == (hf_tokenizer / "tokenizer.json").read_bytes()
+    assert (first.pop("tokenizer"), second.pop("tokenizer")) == ("train:300", "tokenizer.tiktoken") and first == second
+    assert (tmp_path / "first/a/train.bin").read_bytes() == (tmp_path / "second/a/train.bin").read_bytes()
     refused(tmp_path, ["</s>", "--eot_token"], "prepare.py", "raw", f"--tokenizer={hf_tokenizer}/tokenizer.json",
             "--eot_token=</s>", "--out_dir=b", cwd=tmp_path)
-
-
-def test_trained_tokenizer_serves_again(tmp_path):
-    write_texts(tmp_path / "raw/a.jsonl", [prose(300, number) for number in range(100)])
-    prepare_in(tmp_path, "raw --tokenizer=train:320 --out_dir=first")
-    prepare_in(tmp_path, "raw --tokenizer=first/tokenizer.tiktoken --out_dir=second")
-    metas = [json.loads((tmp_path / name / "meta.json").read_text()) for name in ("first", "second")]
-    assert [meta.pop("tokenizer") for meta in metas] == ["train:320", "tokenizer.tiktoken"] and metas[0] == metas[1]
-    for file in ("a/train.bin", "a/val.bin", "tokenizer.tiktoken"):
-        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
 def test_long_documents_are_encoded_in_spans():
@@ -75,12 +66,6 @@ def test_long_documents_are_encoded_in_spans():
     for text in (b" " * 1_000_001, "é".encode() * 500_001, b"<|endoftext|>\n" * 100_000):  # they would overflow a stack
         ids = tokenizer.encode(text)
         assert ids.max() < 257 and tokenizer.decode(ids.tolist()) == text
-
-
-def test_folder_names_are_injective_and_safe():
-    names = ["a/b", "a%2Fb", "a b", "Wikipedia (en)", "ä", "a\\b", "a:b"]
-    folders = [sampler.folder_name(name) for name in names]
-    assert len(set(folders)) == len(names) and folders[2:4] == names[2:4] and not set("/\\:") & set("".join(folders))
 
 
 # ---- rows ----

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,54 +65,39 @@ def test_hash_split(tmp_path):
     assert len(val) / 20_000 == pytest.approx(0.05, abs=4 * (0.05 * 0.95 / 20_000) ** 0.5)  # four standard deviations
 
 
-def test_text_file_with_marks(tmp_path):
-    (tmp_path / "raw").mkdir()
-    parts = [text.replace(EOT, "").strip() for text in TEXTS]
-    (tmp_path / "raw/a.txt").write_bytes(f"\n{EOT}\n".join(parts).encode() + f"\n{EOT}\n".encode())
-    prepare_in(tmp_path, "raw --tokenizer=bytes")
-    assert sides(read_set(tmp_path / "data/raw")[1]["a"]) == sorted(parts)
-
-
 @pytest.mark.parametrize("gap", ["\n\n", "\r\n\r\n", "\n", " ", ""])
-def test_text_file_without_marks(tmp_path, gap):
-    """Pieces of at most 8 KB, cut at the largest gap that there is, and never within a character."""
+def test_text_files(tmp_path, gap):
+    """Without marks, pieces of at most 8 KB, cut at the largest gap that there is, and never within a character."""
     (tmp_path / "raw").mkdir()
     text = gap.join(f"{number:06d}é" * 30 for number in range(3000))
+    parts = [f"{number} {gap}x" for number in range(99)]
     (tmp_path / "raw/a.txt").write_bytes(text.encode())
+    (tmp_path / "raw/marked.txt").write_bytes(f"\n{EOT}\n".join([*parts, ""]).encode())
     prepare_in(tmp_path, "raw --tokenizer=bytes")
-    texts = read_set(tmp_path / "data/raw")[1]["a"]
-    pieces = texts["train"] + texts["val"]
+    found = read_set(tmp_path / "data/raw")[1]
+    assert sides(found["marked"]) == sorted(parts)
+    pieces = found["a"]["train"] + found["a"]["val"]
     assert sum(map(len, pieces)) == len(text) and max(len(piece.encode()) for piece in pieces) <= 8192
     assert sum(piece.endswith(gap) for piece in pieces) >= len(pieces) - 1
 
 
 def test_domain_key(tmp_path):
-    rows = [{"text": text, "meta": {"set": f"Set ({number % 2})"}} for number, text in enumerate(TEXTS)]
-    write_rows(tmp_path / "raw/0.jsonl.gz", rows[:60])
-    write_rows(tmp_path / "raw/deep/1.jsonl", rows[60:])
+    """A name may hold slashes. 300 domains would be 600 open files; the limit here is 256."""
+    texts = TEXTS[:20]
+    rows = [{"text": text, "meta": {"id": n, "name": f"topic/{n}: ä"}} for n in range(300) for text in texts]
+    write_rows(tmp_path / "raw/0.jsonl.gz", rows[:4000])
+    write_rows(tmp_path / "raw/deep/1.jsonl", rows[4000:])
     write_rows(tmp_path / "one.jsonl.xz", rows)
-    for source in ("raw", "one.jsonl.xz"):
-        prepare_in(tmp_path, f"{source} --domain_key=meta.set --tokenizer=bytes --val_fraction=0.2")
-    _, texts = read_set(tmp_path / "data/raw")
-    assert sides(texts["Set (0)"]) == sorted(TEXTS[::2]) and sides(texts["Set (1)"]) == sorted(TEXTS[1::2])
-    assert list(contents(tmp_path / "data/raw").values()) == list(contents(tmp_path / "data/one").values())
-
-
-def test_names_with_slashes_numbers_and_many_domains(tmp_path):
-    """300 domains would be 600 open files; the limit here is 256."""
-    rows = [{"body": text, "id": domain, "name": f"topic/{domain}: ä"} for domain in range(300) for text in TEXTS[:20]]
-    write_rows(tmp_path / "rows.jsonl", rows)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
     try:
-        for key in ("id", "name"):
-            prepare_in(tmp_path, f"rows.jsonl --text_key=body --tokenizer=bytes --val_fraction=0.3 --domain_key={key} "
-                                 f"--out_dir={key}")
+        for source, key in (("raw", "name"), ("one.jsonl.xz", "id")):
+            prepare_in(tmp_path, f"{source} --domain_key=meta.{key} --tokenizer=bytes --val_fraction=0.3")
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    ids, names = (read_set(tmp_path / key)[1] for key in ("id", "name"))
-    assert len(ids) == 300 and all(sides(found) == sorted(TEXTS[:20]) for found in ids.values())
-    assert {f"topic/{domain}: ä": found for domain, found in ids.items()} == names
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    names, ids = (read_set(tmp_path / "data" / name)[1] for name in ("raw", "one"))
+    assert len(ids) == 300 and all(sides(found) == sorted(texts) for found in ids.values())
+    assert {f"topic/{n}: ä": found for n, found in ids.items()} == names
 
 
 def test_max_bytes_keeps_proportions(tmp_path):
@@ -129,13 +115,10 @@ def test_runs_agree_to_the_byte_whatever_the_workers(tmp_path):
         write_texts(tmp_path / f"raw/{name}.jsonl", [prose(300, seed * 1000 + number) for number in range(300)])
     found = []
     for workers in (1, 2, 5):
-        prepare_in(tmp_path, f"raw --out_dir=out{workers} --tokenizer=train:320 --workers={workers}")
-        made = contents(tmp_path / f"out{workers}")
-        found.append({path.relative_to(tmp_path / f"out{workers}"): data for path, data in made.items()})
+        prepare_in(tmp_path, f"raw --tokenizer=train:320 --workers={workers}")
+        found.append(contents(tmp_path / "data"))
+        shutil.rmtree(tmp_path / "data")
     assert found[0] == found[1] == found[2]
-
-
-# ---- all or nothing ----
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -164,29 +147,23 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (None, "nowhere", ["nowhere"]),
     (None, "raw/good.jsonl", ["raw/good.jsonl", "--domain_key"]),
     (("b.docx", b"x"), RAW, ["raw/b.docx"]),
-    (("good.jsonl.gz", b""), RAW, ["'good'"]),
     (("b/x.py", b"abc\xff"), RAW, ["raw/b/x.py"]),
     (("b.txt", b"a " * 8000 + b"\xc3("), RAW, ["raw/b.txt, document 2"]),
     (("b.jsonl", b'{"text": "a"}\n\n{"text": \n'), RAW, ["raw/b.jsonl, line 3"]),
     (("b.jsonl", b'{"text": ""}\n{"text": "\xff"}'), RAW, ["raw/b.jsonl, line 2"]),
-    (("b.jsonl", b"[1]\n"), RAW, ["raw/b.jsonl, line 1", "'text'"]),
     (("b.jsonl", b'{"txt": "a"}\n'), RAW, ["raw/b.jsonl, line 1", "'text'"]),
     (("b.jsonl", b'{"text": null}\n'), RAW, ["raw/b.jsonl, line 1"]),
     (("b.jsonl", b'{"text": "\\ud800"}\n'), RAW, ["raw/b.jsonl, line 1"]),
     (("b.jsonl.gz", gzip.compress(str(3**4000).encode())[:99]), RAW, ["raw/b.jsonl.gz"]),
-    (("b.jsonl.xz", b"x"), RAW, ["raw/b.jsonl.xz"]),
-    (("b.jsonl", b'{"text": ""}\n' * 3), RAW, ["'b'"]),
     (("b.txt", b""), RAW, ["raw/b.txt"]),
     (("b.jsonl", b'{"text": "a"}\n'), RAW, ["'b'", "train"]),
     (("b.jsonl", b'{"text": "b"}\n' * 2), RAW, ["'b'", "val"]),
     (("b.jsonl", b'{"text": "a"}\n'), KEY, ["raw/b.jsonl, line 1", "'meta.set'"]),
     (("a.jsonl", ROW % b"1.5"), KEY, ["raw/a.jsonl, line 1"]),
     (("a.jsonl", ROW % b'"../x"'), KEY, ["raw/a.jsonl", "'../x'"]),
-    (("a.jsonl", ROW % b'""'), KEY, ["raw/a.jsonl", "''"]),
     (None, RAW + " --val_fraction=1", ["--val_fraction"]),
     (None, "raw --tokenizer=train:60000", ["--tokenizer=train:60000"]),
     (None, "raw --tokenizer=gpt9", ["--tokenizer=gpt9"]),
-    (None, "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
     (("../x.tiktoken", b"YQ== 1\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
     (("../t.json", b"{}"), "raw --tokenizer=t.json", ["t.json"]),
     (None, RAW + " --out_dir=raw", ["raw", "exists"]),
