@@ -11,8 +11,6 @@ from conftest import draw, edit, write_dataset
 
 from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
 
-# ---- windows ----
-
 
 @pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
 def test_windows_are_aligned(tmp_path, dtype, start):
@@ -68,9 +66,6 @@ def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap, warned)
     assert ["another tokenizer" in str(warning.message) for warning in caught] == [True] * warned
 
 
-# ---- evaluation ----
-
-
 @pytest.mark.parametrize("n_windows", [0, 1, 2, 4, 12])
 @pytest.mark.parametrize("batch_size, world_size", [(1, 1), (4, 1), (7, 1), (1, 3), (2, 4), (5, 20)])
 def test_evaluation_windows_are_spread_and_dealt_evenly(numbered, n_windows, batch_size, world_size):
@@ -112,7 +107,7 @@ def test_held_out_loss_sees_both_halves_of_a_file(tmp_path, n_windows):
     assert mean_of_targets(dataset, n_windows) == [3.0, 1.0]
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 5), (20, 1)])
+@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (3, 5), (20, 1)])
 def test_held_out_loss(numbered, world_size, batch_size):
     """With the target's id as its loss, all n windows of domain i have mean 10,000 i + 5,000 + (1 + 8 n) / 2."""
     expected = [10_000 * i + 5_000 + (1 + 8 * n) / 2 for i, n in enumerate([5, 3, 9])]

@@ -13,12 +13,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, markov_stream, read_metrics, run_script, write_dataset
+from conftest import VOCAB, draw, markov_stream, read_metrics, run_script, write_dataset
 from forked import distance, run_forked
 from oracle import doremi
 
 from model import ModelConfig, Transformer
-from sampler import Sampler, load_dataset
+from sampler import load_dataset, sampling_weights
 from train_doremi import update_alpha
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
@@ -93,12 +93,7 @@ def run_oracle(directory, case, dtype):
 
 def all_batches(directory, case):
     dataset = load_dataset(directory / "data", SHAPE["block_size"])
-    k = len(dataset.domains)
-    weights = np.full(k, 1 / k) if SAMPLING[case] == "uniform" else np.array(eval(SAMPLING[case]))
-    sampler = Sampler(dataset, weights, BATCH, 7)
-    batches = [sampler.next_batch() for _ in range(STEPS)]
-    sampler.close()
-    return batches
+    return draw(dataset, sampling_weights(SAMPLING[case], dataset, 0), BATCH, STEPS, seed=7)[0]
 
 
 def check_batches(directory, case, notes):

@@ -81,13 +81,11 @@ def test_losses_are_those_of_the_full_logits(chunk_tokens, monkeypatch):
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
 def test_losses_in_lower_precision(dtype, bound):
-    exact, tokens = build(), random_tokens(b=8)
+    exact, lower, tokens = build(), build(dtype=dtype), random_tokens(b=8)
     exact.embedding.weight.data *= 20
-    lower = build(dtype=dtype)
     lower.load_state_dict(exact.state_dict())
-    losses = lower(tokens)
-    assert losses.dtype == torch.float32  # summed in float32 whatever the products are in
-    assert (losses.double() - exact(tokens)).abs().max() < bound
+    assert lower(tokens).dtype == torch.float32  # summed in float32 whatever the products are in
+    assert (lower(tokens).double() - exact(tokens)).abs().max() < bound
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
@@ -156,11 +154,9 @@ def test_no_token_sees_a_later_one():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_frozen_copy_gives_the_same_losses_to_the_bit(dtype):
     transformer, tokens = build(dtype=dtype), random_tokens()
-    losses = transformer(tokens)
-    frozen = transformer.freeze()
-    assert torch.equal(frozen(tokens), losses.detach())
-    assert all(p.dtype == dtype and not p.requires_grad for p in frozen.parameters())
-    assert not frozen(tokens).requires_grad
+    losses, frozen = transformer(tokens).detach(), transformer.freeze()
+    assert torch.equal(frozen(tokens), losses) and not frozen(tokens).requires_grad
+    assert all(p.dtype == dtype for p in frozen.parameters())
 
 
 def test_weight_decay_is_for_matrices_only(monkeypatch):

@@ -178,13 +178,3 @@ def test_bad_input(tmp_path, file, arguments, named):
         (tmp_path / "raw" / file[0]).write_bytes(file[1])
     refused(tmp_path / "raw", named, "prepare.py", *arguments.split(), cwd=tmp_path)
     assert not list(tmp_path.glob("data/*"))
-
-
-@pytest.mark.parametrize("name, package", [("raw/b.parquet", "pyarrow"), ("t.json", "tokenizers")])
-def test_missing_package_is_named(tmp_path, monkeypatch, name, package):
-    write_texts(tmp_path / "raw/a.jsonl")
-    (tmp_path / name).write_bytes(b"{}")
-    for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
-        monkeypatch.setitem(sys.modules, module, None)
-    tokenizer = "t.json" if name == "t.json" else "bytes"
-    refused(tmp_path / "raw", [package, "[hub]"], "prepare.py", "raw", f"--tokenizer={tokenizer}", cwd=tmp_path)

@@ -34,12 +34,9 @@ def runs(tmp_path_factory, data_dir):
     return SimpleNamespace(reference=reference, proxy=proxy, data=data_dir, directory=directory)
 
 
-HALF_ROOT = math.sqrt(3) / 2
-
-
 @pytest.mark.parametrize("schedule, warmup_steps, max_steps, min_lr, expected", [
     # From 0.8 to 0.2 in six steps: half-way 0.5; a third: 0.2 + 0.6 (1 + cos 60) / 2
-    ("cosine", 4, 10, 0.2, [0.2, 0.4, 0.6, 0.8, 0.5 + 0.3 * HALF_ROOT, 0.65, 0.5, 0.35, 0.5 - 0.3 * HALF_ROOT, 0.2]),
+    ("cosine", 4, 10, 0.2, [0.2, 0.4, 0.6, 0.8, 0.5 + 0.15 * 3**0.5, 0.65, 0.5, 0.35, 0.5 - 0.15 * 3**0.5, 0.2]),
     ("exponential", 2, 5, 0.1, [0.4, 0.8, 0.4, 0.2, 0.1]),  # a half each
     ("cosine", 0, 2, 0.2, [0.5, 0.2]), ("exponential", 0, 1, 0.1, [0.1]), ("cosine", 2, 2, 0.1, [0.4, 0.8])])
 def test_schedule(schedule, warmup_steps, max_steps, min_lr, expected):
