@@ -50,18 +50,6 @@ class Job:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout=120):
-        """The exit status of the first process that failed, else 0; the other ranks of a failed one are killed."""
-        end = time.monotonic() + timeout
-        while (left := [p for p in self.processes if p.exitcode is None]) and time.monotonic() < end:
-            if any(p.exitcode for p in self.processes):
-                break
-            left[0].join(0.02)
-        failed = [p.exitcode for p in self.processes if p.exitcode]
-        self.kill()
-        assert failed or not left, f"still running after {timeout} s: {self.output()}"
-        return failed[0] if failed else 0
-
     def kill(self):
         for process in self.processes:
             if process.exitcode is None:
@@ -72,15 +60,20 @@ class Job:
         return Path(self.log.name).read_text()
 
 
-def run_forked(script, *flags, status=0, **options):
-    """Run a script to its end, which must be `status` (-9: killed).  Return its output.
+def run_forked(script, *flags, status=0, timeout=120, **options):
+    """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).
 
     options: ranks, nodes; kill: (point, n), see `arm`; record: a path, to which rank r saves PATH.r, see `note`.
     """
-    job = Job(script, *flags, **options)
-    found = job.wait()
+    job, end = Job(script, *flags, **options), time.monotonic() + timeout
+    while (left := [p for p in job.processes if p.exitcode is None]) and time.monotonic() < end:
+        if any(p.exitcode for p in job.processes):
+            break
+        left[0].join(0.02)
+    codes = [p.exitcode for p in job.processes]
+    job.kill()
+    found = next((code for code in codes if code), None if left else 0)
     assert found == status, f"status {found}, expected {status}: {job.output()}"
-    return job.output()
 
 
 def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
@@ -103,21 +96,6 @@ def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def on_call(owner, name, n, action):
-    """Replaces owner.name by itself, but for `action(original, *arguments)` at the n-th call."""
-    original, calls = getattr(owner, name), [0]
-
-    def replacement(*args, **kwargs):
-        calls[0] += 1
-        return (action if calls[0] == n else lambda f, *a, **k: f(*a, **k))(original, *args, **kwargs)
-
-    setattr(owner, name, replacement)
-
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def arm(runtime, point, n):
     """Make this process kill itself at the n-th passage of a point.
 
@@ -126,50 +104,53 @@ def arm(runtime, point, n):
     flushed: a file is written and flushed, not yet renamed.  renamed: a file has just been renamed into its place.
     SIGTERM, SIGINT: no kill but this signal, once the n-th step is recorded.
     """
-    if point == "step":
-        on_call(runtime, "clip_gradients", n, die)
-    elif point == "update":
-        on_call(runtime.Run, "record", n, die)
-    elif point == "line":
-        def half_a_line(_, run, line):
-            run.metrics.write('{"step": ' + str(line["step"]) + ', "lo')
-            run.metrics.flush()
-            die()
-        on_call(runtime.Run, "write", n, half_a_line)
-    elif point == "bytes":
-        def half_a_file(save, state, file):
-            whole = io.BytesIO()
-            save(state, whole)
-            file.write(whole.getvalue()[: whole.tell() // 2])
-            file.flush()
-            die()
-        on_call(torch, "save", n, half_a_file)
-    elif point == "flushed":
-        on_call(os, "replace", n, die)
-    elif point == "renamed":
-        on_call(os, "replace", n, lambda replace, *paths: (replace(*paths), die()))
-    else:
-        number = signal.Signals[point]
-        on_call(runtime.Run, "record", n, lambda record, *a, **k: (record(*a, **k), os.kill(os.getpid(), number)))
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_a_line(_, run, line):
+        run.metrics.write('{"step": ' + str(line["step"]) + ', "lo')
+        run.metrics.flush()
+        die()
+
+    def half_a_file(save, state, file):
+        save(state, whole := io.BytesIO())
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        die()
+
+    def then(action):
+        return lambda original, *args, **kwargs: (original(*args, **kwargs), action())
+
+    owner, name, action = {
+        "step": (runtime, "clip_gradients", die), "update": (runtime.Run, "record", die),
+        "line": (runtime.Run, "write", half_a_line), "bytes": (torch, "save", half_a_file),
+        "flushed": (os, "replace", die), "renamed": (os, "replace", then(die)),
+    }.get(point) or (runtime.Run, "record", then(lambda: os.kill(os.getpid(), signal.Signals[point])))
+    original, calls = getattr(owner, name), [0]
+
+    def replacement(*args, **kwargs):
+        calls[0] += 1
+        return action(original, *args, **kwargs) if calls[0] == n else original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
 
 
 def note(runtime, path):
     """Save to `path` what this rank did:
 
     tokens (b, T + 1) and domain (b,) per step, as they are fed to the model;  gradients {name: tensor} per step, of the
-    global batch, before they are clipped;  held: bytes of parameters and moments on this rank;  waits [(step, method)]:
-    where Python read a number off a tensor, which is where a GPU would have to be waited for.
+    global batch, before they are clipped;  held: bytes of parameters on this rank;  waits [(step, method)]: where
+    Python read a number off a tensor, which is where a GPU would have to be waited for.
     """
     notes = {"tokens": [], "domain": [], "gradients": [], "held": 0, "waits": []}
     micro_batches, clip, close = runtime.Machine.micro_batches, runtime.clip_gradients, runtime.Run.close
-    here, step = threading.main_thread(), [0]
+    here = threading.main_thread()
 
     def noted_batches(self, batch, size):
         found = micro_batches(self, batch, size)
         assert all(len(tokens) == size for tokens, _ in found)
         notes["tokens"].append(torch.cat([tokens for tokens, _ in found]))
         notes["domain"].append(torch.cat([domain for _, domain in found]))
-        step[0] += 1
         return found
 
     def noted_gradients(model, *args):
@@ -186,7 +167,7 @@ def note(runtime, path):
     def noted_wait(method, original):
         def replacement(self, *args):
             if threading.current_thread() is here:
-                notes["waits"].append((step[0], method))
+                notes["waits"].append((len(notes["tokens"]), method))
             return original(self, *args)
         return replacement
 
