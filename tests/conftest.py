@@ -3,10 +3,8 @@
 import contextlib
 import io
 import json
-import os
 import runpy
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +30,9 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long forms: every split, many kills, more seeds")
 
 
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="a long form: --slow"))
+def pytest_runtest_setup(item):
+    if "slow" in item.keywords and not item.config.getoption("--slow"):
+        pytest.skip("a long form: --slow")
 
 
 def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
@@ -90,15 +87,6 @@ def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
     batches = [s.next_batch() for _ in range(n)]
     s.close()
     return batches, s.state_dict()
-
-
-def run_script(script, *flags, ranks=1):
-    """Run a script of the project as a subprocess with one thread per rank.  Return the CompletedProcess."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    result = subprocess.run([sys.executable, *launcher, str(ROOT / script), *map(str, flags)], capture_output=True,
-                            text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 def run_here(script, *flags, status=0, cwd="."):

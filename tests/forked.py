@@ -1,7 +1,7 @@
 """Runs the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
 
 The ranks are real processes that meet over gloo, as under torchrun. A process differs from one started by hand only
-where `kill` (it dies at a chosen point) or `record` (it notes batches, gradients, shards, and waits) asks for it.
+where `kill` (it dies at a chosen point) or `record` (it notes gradients, shards and waits) asks for it.
 """
 
 import io
@@ -138,19 +138,15 @@ def arm(runtime, point, n):
 def note(runtime, path):
     """Save to `path` what this rank did:
 
-    tokens (b, T + 1) and domain (b,) per step, as they are fed to the model;  gradients {name: tensor} per step, of the
-    global batch, before they are clipped;  held: bytes of parameters on this rank;  waits [(step, method)]: where
-    Python read a number off a tensor, which is where a GPU would have to be waited for.
+    gradients {name: tensor} per step, of the global batch, before they are clipped;  held: bytes of parameters on this
+    rank;  waits [(step, method)]: where Python read a number off a tensor, which is where a GPU would be waited for.
     """
-    notes = {"tokens": [], "domain": [], "gradients": [], "held": 0, "waits": []}
+    notes, steps, here = {"gradients": [], "held": 0, "waits": []}, [0], threading.main_thread()
     micro_batches, clip, close = runtime.Machine.micro_batches, runtime.clip_gradients, runtime.Run.close
-    here = threading.main_thread()
 
-    def noted_batches(self, batch, size):
-        found = micro_batches(self, batch, size)
-        assert all(len(tokens) == size for tokens, _ in found)
-        notes["tokens"].append(torch.cat([tokens for tokens, _ in found]))
-        notes["domain"].append(torch.cat([domain for _, domain in found]))
+    def noted_batches(*args):
+        found = micro_batches(*args)
+        steps[0] += 1
         return found
 
     def noted_gradients(model, *args):
@@ -167,7 +163,7 @@ def note(runtime, path):
     def noted_wait(method, original):
         def replacement(self, *args):
             if threading.current_thread() is here:
-                notes["waits"].append((len(notes["tokens"]), method))
+                notes["waits"].append((steps[0], method))
             return original(self, *args)
         return replacement
 

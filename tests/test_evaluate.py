@@ -119,19 +119,6 @@ def test_tasks_of_ones_own(place, tmp_path):
     assert (tmp_path / "b" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_uniform_model_pays_log_v_per_byte_and_ties_are_wrong(place, tmp_path):
-    run = shutil.copytree(place / "a", tmp_path / "run")
-    checkpoint = torch.load(run / "ckpt.pt", weights_only=True)
-    checkpoint["model"]["embedding.weight"].zero_()  # all logits are 0
-    torch.save(checkpoint, run / "ckpt.pt")
-    (tmp_path / "ties.jsonl").write_text('{"context": "is é", "choices": [" a", " b"], "gold": 1}\n'
-                                         '{"context": "", "choices": ["four", "five", "nine", "zero"], "gold": 0}\n')
-    run_here("evaluate.py", run, f"--task_file={tmp_path / 'ties.jsonl'}")
-    found = evaluations(run)[-1]["tasks"]["ties"]
-    assert found["bpb"] == pytest.approx(math.log2(257), rel=1e-6)  # one token is one byte
-    assert found["accuracy"] == 0 and found["chance"] == (1 / 2 + 1 / 4) / 2
-
-
 @pytest.mark.parametrize("line", [
     '{"context": "a"', '{"context": "a"}', "[1]", '{"context": "a", "answer": ""}', '{"context": 1, "answer": "b"}',
     '{"context": "a", "answer": "\\ud800"}', '{"context": "a", "choices": ["b"], "gold": 0}',
