@@ -94,19 +94,17 @@ def run_here(script, *flags, status=0, cwd="."):
 
     Return its stdout and stderr; its exit status must be `status`.
     """
-    found, argv, threads = 0, sys.argv, torch.get_num_threads()
+    found, threads = 0, torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv = [str(script), *map(str, flags)]
     torch.set_num_threads(1)
-    peak = mock.patch.object(runtime, "matmul_peak", lambda *_: 1e12, create=True)  # a second's measurement
     try:
-        with (contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err,
-              contextlib.chdir(cwd), peak):
+        with (mock.patch.object(runtime, "matmul_peak", lambda *_: 1e12, create=True),  # a second's measurement
+              mock.patch.object(sys, "argv", [str(script), *map(str, flags)]), contextlib.chdir(cwd),
+              contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as error:
         found = error.code or 0
     finally:
-        sys.argv = argv
         torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)

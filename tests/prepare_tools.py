@@ -16,7 +16,7 @@ TEXTS = [
     f"Document {number}: naïve café — 漢字 😀 {EOT} is text.\r\n\n\tIt costs {number * 37} and ends in spaces.   \n"
     for number in range(120)
 ]
-WORDS = "the of and to in is that for it as was with be by on not he his but at are this have from or had an".split()
+WORDS = "the of naïve and to in is that for it as was with be by on not he his but at are this have from or had".split()
 
 
 def prose(words, seed=0):

@@ -3,13 +3,13 @@
 import importlib.util
 import json
 import math
-import random
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import edit, refused, run_here
+from prepare_tools import prose, write_texts
 
 import evaluate
 import runtime
@@ -21,23 +21,12 @@ FLAGS = [f"--block_size={T}", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_f
          "--eval_interval=99", "--eval_windows=4", "--no-compile"]
 
 
-def write_texts(folder, domains, seed=0):
-    """DOMAIN.jsonl with 60 documents each: words of the domain's own syllables."""
-    rng = random.Random(seed)
-    folder.mkdir()
-    for name in domains:
-        syllables = ["".join(rng.choices("abcdeéü", k=2)) for _ in range(6)]
-        words = [" ".join("".join(rng.choices(syllables, k=2)) for _ in range(20)) for _ in range(60)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """data and other: data sets, the second of foreign domains; a and b: finished runs on the first."""
     root = tmp_path_factory.mktemp("evaluate")
-    write_texts(root / "texts", ["alpha", "beta"])
-    write_texts(root / "foreign", ["gamma"], seed=1)
+    for seed, name in enumerate(("texts/alpha", "texts/beta", "foreign/gamma")):
+        write_texts(root / f"{name}.jsonl", [prose(30, 1000 * seed + number) for number in range(60)])
     for source, name in (("texts", "data"), ("foreign", "other")):
         run_here("prepare.py", root / source, f"--out_dir={root / name}", "--tokenizer=bytes", "--val_fraction=0.2")
     for name, steps in (("a", 4), ("b", 30)):
@@ -90,8 +79,8 @@ def test_all_held_out_windows(place, data):
 def test_tasks_of_ones_own(place, tmp_path):
     """Contexts and answers shorter and longer than a window; the first of two texts of each kind are taken."""
     kinds = [(n, m) for n in (0, 3, 14, 15, 40) for m in (1, 2, 15, 16, 17, 32, 33, 50)]
-    texts = [json.loads(line)["text"] for line in (place / "texts" / "beta.jsonl").read_text().splitlines()]
-    pairs = [(text[:n], text[n : n + m]) for n, m in kinds for text in random.Random(n * m).sample(texts, 2)]
+    texts = [prose(30, number) for number in range(2 * len(kinds))]
+    pairs = [(text[:n], text[n : n + m]) for text, (n, m) in zip(texts, [kind for kind in kinds for _ in range(2)])]
     tasks = {"end": [{"context": context, "answer": answer} for context, answer in pairs],
              "pick": [{"context": context, "choices": ["123456", answer], "gold": 1} for context, answer in pairs]}
     for name, rows in tasks.items():

@@ -1,6 +1,5 @@
 """export_hf.py: the exported model's losses and token ids are the run's."""
 
-import json
 import random
 import shutil
 import sys
@@ -10,7 +9,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import edit, refused, run_here
-from test_evaluate import write_texts
+from prepare_tools import prose, write_texts
 
 import export_hf
 import runtime
@@ -34,7 +33,8 @@ def train_and_export(root, *prepare_flags):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
-    write_texts(root / "texts", ["alpha", "beta"])
+    for seed, name in enumerate(("alpha", "beta")):
+        write_texts(root / f"texts/{name}.jsonl", [prose(30, 1000 * seed + number) for number in range(60)])
     train_and_export(root, "--tokenizer=train:300")
     return root
 
@@ -77,8 +77,8 @@ def test_losses_are_the_runs_own(place):
 
 
 def test_ids_are_the_data_sets(place):
-    documents = [json.loads(line)["text"] for path in (place / "texts").iterdir() for line in path.open()]
-    check_ids(place, place / "data/tokenizer.tiktoken", "<|endoftext|>", [*strings(3000), *characters(), *documents])
+    texts = [*strings(3000), *characters(), *(prose(30, number) for number in range(60))]
+    check_ids(place, place / "data/tokenizer.tiktoken", "<|endoftext|>", texts)
 
 
 def test_ids_of_bytes_and_of_a_tokenizer_json(place, tmp_path):

@@ -4,6 +4,7 @@ Compared are the tensors of the final checkpoint, the weight history, the list o
 but its timings. The short form kills at chosen points of the code (forked.arm), the long form at random times.
 """
 
+import functools
 import random
 import shutil
 import time
@@ -40,15 +41,11 @@ def world(tmp_path_factory, data_dir):
 @pytest.fixture(scope="module")
 def undisturbed(world):
     """A function that runs a script from start to end without a stop, once per set of flags; returns what it left."""
-    made = {}
-
+    @functools.cache
     def make(script, *flags, dtype="float32", ranks=1):
-        key = script, flags, dtype, ranks
-        if key not in made:
-            out = world / f"undisturbed{len(made)}"
-            run_forked(script, *script_flags(script, world, dtype), *flags, f"--out_dir={out}", ranks=ranks)
-            made[key] = left_by(out)
-        return made[key]
+        out = world / f"undisturbed{len(list(world.iterdir()))}"
+        run_forked(script, *script_flags(script, world, dtype), *flags, f"--out_dir={out}", ranks=ranks)
+        return left_by(out)
 
     return make
 

@@ -3,6 +3,8 @@
 Alpha and the gradients of whole runs are compared with the oracle in test_exactness.py; here is what it cannot see.
 """
 
+import functools
+
 import pytest
 import torch
 from conftest import TINY, read_metrics
@@ -16,16 +18,12 @@ WIDE = ["--block_size=16", "--n_layer=3", "--n_head=2", "--n_kv_head=1", "--n_em
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, data_dir):
     """A function that runs the reference on some ranks; returns its directory and each rank's notes."""
-    made = {}
-
+    @functools.cache
     def make(*flags, ranks=1, nodes=1):
-        key = flags, ranks, nodes
-        if key not in made:
-            out = tmp_path_factory.mktemp("sharding") / "run"
-            run_forked("train_reference.py", *WIDE, f"--data_dir={data_dir}", f"--out_dir={out}", *flags, ranks=ranks,
-                       nodes=nodes, record=f"{out}-notes")
-            made[key] = out, [torch.load(f"{out}-notes.{rank}", weights_only=True) for rank in range(ranks)]
-        return made[key]
+        out = tmp_path_factory.mktemp("sharding") / "run"
+        run_forked("train_reference.py", *WIDE, f"--data_dir={data_dir}", f"--out_dir={out}", *flags, ranks=ranks,
+                   nodes=nodes, record=f"{out}-notes")
+        return out, [torch.load(f"{out}-notes.{rank}", weights_only=True) for rank in range(ranks)]
 
     return make
 
