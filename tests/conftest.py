@@ -1,8 +1,11 @@
-"""What several tests share: a small data set with known structure, and running a script as a person would."""
+"""What several tests share: data sets, text, and running a script as a person would."""
 
 import contextlib
+import gzip
 import io
 import json
+import lzma
+import random
 import runpy
 import signal
 import sys
@@ -17,7 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import runtime
-from sampler import Sampler, load_dataset
+from sampler import Sampler, folder_name, load_dataset
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 64
@@ -51,24 +55,22 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     return directory
 
 
-def markov_stream(rng, n, successors):
-    """n ids of a chain in which every id has a few equally likely successors: ids (n,), entropy log(successors)."""
-    table = rng.integers(1, VOCAB, size=(VOCAB, successors))
-    ids = [1]
-    for choice in rng.integers(successors, size=n - 1):
-        ids.append(table[ids[-1], choice])
-    return np.array(ids)
+def markov_dataset(directory, domains, n_val, seed):
+    """domains: (name, training tokens, n).  Each is a chain in which every id has n equally likely successors."""
+    rng, streams = np.random.default_rng(seed), {}
+    for name, n_train, successors in domains:
+        table, ids = rng.integers(1, VOCAB, size=(VOCAB, successors)), [1]
+        for choice in rng.integers(successors, size=n_train + n_val - 1):
+            ids.append(table[ids[-1], choice])
+        streams[name] = ids[:n_train], ids[n_train:]
+    return write_dataset(directory, streams)
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Four domains of different entropy and size; the smallest is repeated within a few steps."""
-    rng = np.random.default_rng(0)
-    streams = {}
-    for name, n, successors in [("counting", 6000, 1), ("simple", 3000, 2), ("rich", 2000, 8), ("small", 300, 3)]:
-        ids = markov_stream(rng, n + 200, successors)
-        streams[name] = ids[:n], ids[n:]
-    return write_dataset(tmp_path_factory.mktemp("data") / "synthetic", streams)
+    domains = [("counting", 6000, 1), ("simple", 3000, 2), ("rich", 2000, 8), ("small", 300, 3)]
+    return markov_dataset(tmp_path_factory.mktemp("data") / "synthetic", domains, n_val=200, seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +114,12 @@ def run_here(script, *flags, status=0, cwd="."):
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
+def printed(script, *args):
+    """What a script prints, and {first word: the other words} of its lines."""
+    said = run_here(script, *args).stdout
+    return said, {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+
+
 def contents(folder):
     """{path: bytes, or None of a folder}, of everything below a folder."""
     return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
@@ -141,3 +149,64 @@ def edit(path, change):
 
 def read_metrics(run_dir):
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_alpha(run_dir):
+    """The history of a finished proxy: (T, K)."""
+    (path,) = Path(run_dir).glob("doremi_domain_weights_*.pt")
+    history = torch.load(path, weights_only=True)
+    assert [entry["step"] for entry in history] == list(range(1, len(history) + 1))
+    return torch.stack([entry["domain_weights"] for entry in history]).numpy()
+
+
+# ---- text ----
+
+EOT = "<|endoftext|>"
+TEXTS = [
+    f"Document {number}: naïve café — 漢字 😀 {EOT} is text.\r\n\n\tIt costs {number * 37} and ends in spaces.   \n"
+    for number in range(120)
+]
+WORDS = "the of naïve and to in is that for it as was with be by on not he his but at are this have from or had".split()
+
+
+def prose(words, seed=0):
+    source = random.Random(seed)
+    return " ".join(source.choice(WORDS) + (".\n" if source.random() < 0.1 else "") for _ in range(words))
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(data))
+
+
+def write_texts(path, texts=TEXTS):
+    write_rows(path, [{"text": text} for text in texts])
+
+
+def prepare_in(folder, arguments, script="prepare.py"):
+    """Run prepare.py or link.py in a folder.  Return what it prints."""
+    return run_here(script, *arguments.split(), cwd=folder).stdout
+
+
+def read_set(folder):
+    """Decode a data set. Returns meta.json and {domain: {side: texts}}; counts are checked on the way."""
+    meta = json.loads((folder / "meta.json").read_text())
+    eot, texts = meta["eot_token"], {}
+    files = [str(path) for path in folder.glob("tokenizer.*")]
+    decode = load_tokenizer(files[0] if files else meta["tokenizer"]).decode
+    for domain, entry in meta["domains"].items():
+        texts[domain] = {}
+        for side in ("train", "val"):
+            path = folder / folder_name(domain) / f"{side}.bin"
+            ids = np.fromfile(path, "<u2" if meta["dtype"] == "uint16" else "<u4")
+            assert ids[0] == eot and ids.max() < meta["vocab_size"] and entry[f"{side}_tokens"] == len(ids)
+            found = [decode(part[1:].tolist()) for part in np.split(ids, np.flatnonzero(ids == eot)[1:])]
+            assert entry[f"{side}_documents"] == len(found)
+            assert entry[f"{side}_bytes"] == sum(map(len, found))
+            texts[domain][side] = [text.decode() for text in found]
+    return meta, texts
+
+
+def sides(found):
+    return sorted(found["train"] + found["val"])

@@ -19,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "checkpoints", "data", "shared", "wandb", "*.egg-info")
 EXACTNESS, RESUME, SHARDING = "tests/test_exactness.py", "tests/test_resume.py", "tests/test_sharding.py"
-SAMPLER, DATASET, MODEL = "tests/test_sampler.py", "tests/test_dataset.py", "tests/test_model.py"
-BAD_INPUT = "tests/test_bad_input.py"
+SAMPLER, DATASET, BAD_INPUT = "tests/test_sampler.py", "tests/test_dataset.py", "tests/test_bad_input.py"
 PROXY, REFERENCE = "train_doremi.py", "train_reference.py"
 
 
@@ -56,8 +55,6 @@ MUTATIONS = [
      BACKWARD.replace("token_loss", "(token_loss - reference_forward(tokens)).clamp(min=0)")),
     ("no smoothing", "return (1 - smoothing) * log_alpha.exp() + smoothing / len(alpha)", "return log_alpha.exp()"),
     ("smoothed by c instead of c / K", "+ smoothing / len(alpha)", "+ smoothing"),
-    ("the update overflows", "log_alpha = torch.log_softmax(alpha.log() + step_size * excess, dim=0)",
-     "log_alpha = (alpha * (step_size * excess).exp() / (alpha * (step_size * excess).exp()).sum()).log()"),
     ("alpha_0 is in the history, alpha_T is not", UPDATE,
      "alpha_history[step - 1] = alpha\n        " + UPDATE.replace("alpha_history[step - 1] = ", "")),
     ("every rank has its own lambda", REDUCE, "own = sums[1] / sums[2].clamp(min=1)\n        " + REDUCE, LAMBDA,
@@ -80,8 +77,6 @@ MUTATIONS = [
      "token_loss.mean().backward()")),
     *group("runtime.py", EXACTNESS,
     ("the gradient is not clipped", "grad_clip or math.inf", "math.inf")),
-    *group("runtime.py", MODEL,
-    ("norms' weights decay", "if p.dim() >= 2]", "if p.dim() >= 1]", "if p.dim() < 2]", "if p.dim() < 1]")),
     *group("model.py", EXACTNESS,
     ("every query head reads the first key head", "q, k, v = (t.transpose(1, 2) for t in (q, k, v))",
      "q, k, v = (t.transpose(1, 2) for t in (q, k[:, :, :1].expand_as(k), v))")),
@@ -140,10 +135,6 @@ MUTATIONS = [
     ("a run is resumed under other flags", "if before != value:", "if False:"),
     ("an unfinished reference is accepted", 'if checkpoint is None or checkpoint["step"] < planned:',
      "if checkpoint is None:")),
-    *group("runtime.py", "tests/test_runtime.py",
-    ("a domain called data is not part of the identity", "            flat[name] = value\n",
-     "            flat[name] = {k: v for k, v in value.items() if k not in "
-     "left_out} if isinstance(value, dict) else value\n")),
 ]
 
 
@@ -165,8 +156,7 @@ def judge(mutant):
     """What killed a mutant, or None."""
     _, file, tests, _ = mutant
     with tempfile.TemporaryDirectory(prefix="mutant") as directory:
-        folder = Path(directory) / "copy"
-        shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
+        folder = shutil.copytree(ROOT, Path(directory) / "copy", ignore=LEFT_OUT)
         if file:
             (folder / file).write_text(edited(mutant))
         return run_tests(folder, tests.split())
@@ -191,8 +181,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="take it for granted that the unbroken copy passes")
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTATIONS if args.word in mutant[0]]
-    for mutant in chosen:
-        edited(mutant)
+    list(map(edited, chosen))  # every text is there
     tests = " ".join({test: None for mutant in chosen for test in mutant[2].split()})
     if not args.quick and (failed := judge(("unbroken", "", tests, []))):  # what kills a mutant is its mutation
         sys.exit(f"fails without any mutation: {failed}")

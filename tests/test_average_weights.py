@@ -1,12 +1,13 @@
 """Stage 3: the answer, the numbers on trust, and what is refused."""
 
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused, run_here
+from conftest import printed, refused
 
 DOMAINS = ["books", "code", "web"]
 GOOD = [0.2, 0.3, 0.5]
@@ -34,14 +35,7 @@ def proxy_run(path, alpha, seed=1, flags=None, reference=None, **changes):
     return path
 
 
-def average(*args):
-    """What it prints."""
-    return run_here("average_weights.py", *args).stdout
-
-
-def rows_of(printed):
-    """{first word: the other words}."""
-    return {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.strip()}
+average = functools.partial(printed, "average_weights.py")
 
 
 def test_the_published_recipe_gives_the_answer_to_the_bit(tmp_path):
@@ -58,7 +52,7 @@ def test_the_published_recipe_gives_the_answer_to_the_bit(tmp_path):
 def test_seeds_are_averaged_and_recorded(tmp_path):
     first = proxy_run(tmp_path / "a", [[0.2, 0.4, 0.4], [0.4, 0.4, 0.2]], seed=1)  # averages 0.3, 0.4, 0.3
     second = proxy_run(tmp_path / "b", [[0.1, 0.8, 0.1], [0.1, 0.8, 0.1]], seed=2)  # averages 0.1, 0.8, 0.1
-    said = average(first, second, f"--out_dir={tmp_path / 'out'}")
+    said, rows = average(first, second, f"--out_dir={tmp_path / 'out'}")
     content = json.loads((tmp_path / "out/weights.json").read_text())
     assert content["domain_weights"] == pytest.approx({"books": 0.2, "code": 0.6, "web": 0.2}, abs=1e-15)
     record = content["provenance"]
@@ -68,8 +62,8 @@ def test_seeds_are_averaged_and_recorded(tmp_path):
         "reference_weights": {"books": 0.5, "code": 0.3, "web": 0.2}, "n_params": 5000, "block_size": 8, "steps": 2,
         "seeds": [1, 2], "batch_size": 4, "step_size": 1.0, "smoothing": 1e-3}
     # token share, reference, answer, sd over seeds (|difference| / sqrt(2)), ratio, mean of the last alphas
-    assert rows_of(said)["books"] == ["0.6000", "0.5000", "0.2000", "0.1414", "0.40", "0.2500"]
-    assert rows_of(said)["code"] == ["0.3000", "0.3000", "0.6000", "0.2828", "2.00", "0.6000"]
+    assert rows["books"] == ["0.6000", "0.5000", "0.2000", "0.1414", "0.40", "0.2500"]
+    assert rows["code"] == ["0.3000", "0.3000", "0.6000", "0.2828", "2.00", "0.6000"]
     for line in ("between seeds      0.400",  # half of 0.2 + 0.4 + 0.2
                  "between halves     0.100",  # mean alphas (.15, .6, .25), (.25, .6, .15)
                  "to the reference   0.300", "to uniform         0.267"):  # 0.6 - 1/3
@@ -79,7 +73,7 @@ def test_seeds_are_averaged_and_recorded(tmp_path):
 
 def test_numbers_on_trust(tmp_path):
     """Of four steps: the halves' averages are (0.75, 0.25, 0) and (0, 0.25, 0.75), the whole's 3/8, 1/4, 3/8."""
-    said = average(proxy_run(tmp_path / "proxy", [[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.25, 0.75], [0, 0.25, 0.75]]))
+    said, _ = average(proxy_run(tmp_path / "proxy", [[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.25, 0.75], [0, 0.25, 0.75]]))
     assert "between halves     0.750" in said and "one-hot steps      25.0%" in said
     entropy = -0.75 * math.log(3 / 8) - 0.25 * math.log(1 / 4)
     assert f"effective domains  {math.exp(entropy):.2f} of 3" in said and "between seeds      one seed only" in said
@@ -87,9 +81,9 @@ def test_numbers_on_trust(tmp_path):
 
 def test_epochs_and_cost_of_a_planned_run(tmp_path):
     runs = [proxy_run(tmp_path / name, [GOOD] * 5, seed=seed) for seed, name in enumerate("abc")]
-    said = average(*runs, "--large_params=1e6", "--large_tokens=1e5")
+    said, rows = average(*runs, "--large_params=1e6", "--large_tokens=1e5")
     # 1e5 tokens: 20,000, 30,000 and 50,000 from 600, 300 and 100
-    assert [rows_of(said)[name][-1] for name in DOMAINS] == ["33.3", "100.0", "500.0"]
+    assert [rows[name][-1] for name in DOMAINS] == ["33.3", "100.0", "500.0"]
     # one reference of 20 steps of 6 sequences; three proxies of 5 steps of 4: 5000 * 8 * (6 * 120 + 8 * 60) / 6e11
     assert "cost               0.008% " in said
 

@@ -165,13 +165,6 @@ def test_corrupt_checkpoint(tmp_path, world, spoil):
     reference_refused(tmp_path, world.data, "--resume", mentions=[f"{tmp_path}/out/ckpt.pt"])
 
 
-def test_too_large_a_learning_rate(tmp_path, world):
-    """Found at the next line or checkpoint; no checkpoint has it."""
-    flags = ["--learning_rate=1e300", "--grad_clip=0", "--warmup_steps=0", "--log_interval=12"]
-    left = reference_refused(tmp_path, world.data, *flags, mentions=["step 4", "loss", "not finite"], begun=True)
-    assert left == BEGUN and not read_metrics(tmp_path / "out")
-
-
 def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
     """Step 6 has a gradient that is not finite: step 4's checkpoint is kept, and resumes."""
     calls, clip = [0], runtime.clip_gradients

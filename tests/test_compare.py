@@ -1,9 +1,10 @@
 """Stage 5: who is better where, by how much and how much sooner, over seeds, and what cannot be compared."""
 
+import functools
 import json
 
 import pytest
-from conftest import refused, run_here
+from conftest import printed, refused
 
 DOMAINS = ["books", "code", "web"]
 BASELINE = [[4.0, 3.0, 5.0], [3.5, 2.5, 4.5], [3.0, 2.0, 4.0], [2.0, 1.5, 3.1]]  # means 4, 3.5, 3, 2.2
@@ -42,10 +43,7 @@ def runs(tmp_path):
             (("baseline", BASELINE, UNIFORM), ("faster", FASTER, OTHER), ("slower", SLOWER, OTHER[::-1]))]
 
 
-def compared(*args):
-    """What is printed, and {first word: the other words} of it."""
-    said = run_here("compare.py", *args).stdout
-    return said, {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
+compared = functools.partial(printed, "compare.py")
 
 
 def test_table(runs):

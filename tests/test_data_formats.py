@@ -10,8 +10,19 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import zstandard
-from conftest import TINY, read_metrics, refused, run_here, write_dataset
-from prepare_tools import TEXTS, prepare_in, prose, read_set, sides, write_texts
+from conftest import (
+    TEXTS,
+    TINY,
+    prepare_in,
+    prose,
+    read_metrics,
+    read_set,
+    refused,
+    run_here,
+    sides,
+    write_dataset,
+    write_texts,
+)
 
 import sampler
 from tokenizer import load_tokenizer
@@ -22,19 +33,16 @@ UNICODE = ["", "\n\n \t\r\n", "naïve café", "漢字かな交じり文", "e\u03
 
 @pytest.fixture(scope="module")
 def hf_tokenizer(tmp_path_factory):
-    """A folder with a byte-level BPE tokenizer as transformers saves it; end of text is id 0."""
-    transformers = pytest.importorskip("transformers")
+    """tokenizer.json of a byte-level BPE tokenizer; end of text is id 0."""
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator([prose(3000), *TEXTS], vocab_size=400, special_tokens=["<|endoftext|>", "<pad>"])
-    folder = tmp_path_factory.mktemp("hf")
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
-    fast.save_pretrained(folder)
-    return folder
+    bpe.save(str(path := tmp_path_factory.mktemp("hf") / "tokenizer.json"))
+    return path
 
 
 def test_tokenizer_json_has_the_ids_of_transformers(hf_tokenizer):
-    ours = load_tokenizer(str(hf_tokenizer / "tokenizer.json"))
-    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(hf_tokenizer)
+    ours = load_tokenizer(str(hf_tokenizer))
+    theirs = pytest.importorskip("transformers").PreTrainedTokenizerFast(tokenizer_file=str(hf_tokenizer))
     for text in [*UNICODE, *(text.replace("<|endoftext|>", "") for text in TEXTS)]:
         assert ours.encode(text.encode()).tolist() == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ours.encode(text.encode()).tolist()).decode() == text
@@ -44,17 +52,17 @@ def test_tokenizer_json_has_the_ids_of_transformers(hf_tokenizer):
 
 def test_tokenizers_are_kept_beside_the_data_and_serve_again(tmp_path, hf_tokenizer):
     write_texts(tmp_path / "raw/a.jsonl")
-    for spec, out_dir in ((hf_tokenizer / "tokenizer.json", "json"), ("train:300", "first"),
+    for spec, out_dir in ((hf_tokenizer, "json"), ("train:300", "first"),
                           ("first/tokenizer.tiktoken", "second")):
         prepare_in(tmp_path, f"raw --tokenizer={spec} --out_dir={out_dir}")
     (json_meta, texts), (first, _), (second, _) = (read_set(tmp_path / name) for name in ("json", "first", "second"))
     assert (json_meta["tokenizer"], json_meta["vocab_size"], json_meta["eot_token"]) == ("tokenizer.json", 400, 0)
     assert sides(texts["a"]) == sorted(TEXTS)
-    assert (tmp_path / "json/tokenizer.json").read_bytes() == (hf_tokenizer / "tokenizer.json").read_bytes()
+    assert (tmp_path / "json/tokenizer.json").read_bytes() == hf_tokenizer.read_bytes()
     assert (first.pop("tokenizer"), second.pop("tokenizer")) == ("train:300", "tokenizer.tiktoken") and first == second
     assert (tmp_path / "first/a/train.bin").read_bytes() == (tmp_path / "second/a/train.bin").read_bytes()
-    refused(tmp_path, ["</s>", "--eot_token"], "prepare.py", "raw", f"--tokenizer={hf_tokenizer}/tokenizer.json",
-            "--eot_token=</s>", "--out_dir=b", cwd=tmp_path)
+    refused(tmp_path / "raw", ["</s>"], "prepare.py", "raw", f"--tokenizer={hf_tokenizer}", "--eot_token=</s>",
+            cwd=tmp_path)
 
 
 def as_parquet(path, rows):
@@ -79,8 +87,6 @@ def test_pile_and_slimpajama_rows(tmp_path, write, name):
     assert sides(names["Set 0"]) == sorted(TEXTS[::2]) and sides(names["Set 1"]) == sorted(TEXTS[1::2])
     assert {f"Set {name}": found for name, found in numbers.items()} == names
 
-
-# ---- tokens ----
 
 EOT, WINDOW = 256, 16  # of --tokenizer=bytes: one byte per id
 CORPUS = {name: [np.append(np.random.default_rng(n).integers(0, 255, size=40 + n % 30), EOT) for n in numbers]

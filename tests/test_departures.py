@@ -4,8 +4,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, read_alpha
 from forked import run_forked
 
 import runtime
@@ -20,8 +19,7 @@ def test_exact_variant_is_the_product_and_the_others_are_not(tmp_path, data_dir)
     reference = tmp_path / "reference"
     run_forked("train_reference.py", "--dtype=float64", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}")
     run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={tmp_path}/proxy", "--no-compile")
-    product = torch.load(tmp_path / "proxy/doremi_domain_weights_12.pt", weights_only=True)
-    product = torch.stack([entry["domain_weights"] for entry in product]).numpy()
+    product = read_alpha(tmp_path / "proxy")
 
     config, checkpoint = runtime.load_finished(reference, ("reference",))
     args = Namespace(**config["flags"] | {"step_size": 1.0, "smoothing": 1e-3})

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import edit, refused, run_here
-from prepare_tools import prose, write_texts
+from conftest import edit, prose, refused, run_here, write_texts
 
 import export_hf
 import runtime

@@ -24,8 +24,7 @@ import math
 
 import numpy as np
 import pytest
-import torch
-from conftest import read_metrics, write_dataset
+from conftest import read_alpha, read_metrics, write_dataset
 from forked import run_forked
 
 V, STEPS = 46, 200
@@ -62,9 +61,7 @@ def check_answer(reference, out, seed):
     run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={out}", f"--seed={seed}",
                f"--max_steps={STEPS}", "--log_interval=1")
     lines = [line for line in read_metrics(out) if "loss" in line]
-    history = torch.load(out / f"doremi_domain_weights_{STEPS}.pt", weights_only=True)
-    alpha = torch.stack([entry["domain_weights"] for entry in history]).numpy()  # (T, K)
-    excess = np.array([list(line["excess"].values()) for line in lines])  # (T, K)
+    alpha, excess = read_alpha(out), np.array([list(line["excess"].values()) for line in lines])  # (T, K)
     noise, trivial, slow, twin_a, twin_b = alpha_bar = alpha.mean(axis=0)
     start, late = alpha[:20].mean(axis=0), alpha[-50:].mean(axis=0)
     print(f"\nseed {seed}: alpha_bar {alpha_bar.round(4)}, at the start {start.round(3)}, late {late.round(3)}, "

@@ -1,11 +1,14 @@
 """The README's commands work as they are printed, and the demo runs the same ones."""
 
+import collections
+import hashlib
 import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, TINY
@@ -24,7 +27,7 @@ def test_commands_run_on_a_small_data_set(tmp_path):
                           "long": "ast calendar configparser difflib mailbox optparse statistics zipfile"}.items():
         sources = [inspect.getsource(__import__(module)) for module in modules.split()]
         (texts / f"{name}.txt").write_text("\n\n".join(sources))
-    assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # tests/test_corpus.py runs it
+    assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # the slow test below runs it
     small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY,
              "train_doremi.py": [flag for flag in TINY if flag.startswith(("--eval", "--log", "--save", "--no-"))]}
     for command in PIPELINE[1:]:
@@ -53,3 +56,20 @@ def test_demo_runs_the_commands(tmp_path):
         assert command in ran or command.startswith(("compare.py", "evaluate.py", "export_hf.py"))
     (compared,) = [line for line in ran if line.startswith("compare.py")]
     assert all(f"--out_dir={run}" in " ".join(ran) for run in compared.split()[1:])
+
+
+@pytest.mark.slow
+def test_corpus_is_the_same_everywhere(tmp_path):
+    """A second run has another place, locale, time zone and hash seed."""
+    env = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
+    hashes = []
+    for out_dir, options in ((tmp_path / "a", {}), (tmp_path / "elsewhere/b", {"env": env, "cwd": "/"})):
+        subprocess.run([sys.executable, ROOT / "demo/corpus.py", out_dir], check=True, **options)
+        hashes.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out_dir.iterdir()})
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 10
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "a").iterdir())
+    assert 25e6 < sum(sizes) < 40e6
+    assert 0.015 < sizes[0] / sum(sizes) < 0.04 and 0.25 < sizes[-1] / sum(sizes) < 0.4
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "a").iterdir()]
+    parts = collections.Counter(part.strip() for text in texts for part in text.split("\n\n"))
+    assert max(count for part, count in parts.items() if len(part) >= 60) == 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY, read_metrics, run_here
 
+import cli
 import runtime
 
 WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two runs of the same
@@ -53,7 +54,8 @@ TRAINING = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "doma
 @pytest.mark.parametrize("name, keys", [("reference", TRAINING), ("proxy", TRAINING | {"alpha", "excess"})])
 def test_metrics(runs, name, keys):
     """Steps of 12 sequences of 16 tokens: 192. A line every 3 steps, an evaluation every 6."""
-    lines = read_metrics(getattr(runs, name))
+    lines, files = read_metrics(getattr(runs, name)), {path.name for path in getattr(runs, name).iterdir()}
+    assert files - {"doremi_domain_weights_12.pt"} == {"flags.txt", "config.json", "ckpt.pt", "metrics.jsonl"}
     training, evaluations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12] and len(training) == 4
     for line in training:
@@ -71,22 +73,6 @@ def test_metrics(runs, name, keys):
     assert sum(training[-1]["epochs"][d] * n for d, n in zip(DOMAINS, [374, 187, 124, 18])) == pytest.approx(144)
 
 
-def test_config(runs):
-    reference, proxy = map(runtime.read_config, (runs.reference, runs.proxy))
-    assert (reference["stage"], proxy["stage"], proxy["flags"]["seed"]) == ("reference", "proxy", 2)
-    assert (proxy["device"], proxy["world_size"], proxy["flags"]["dtype"]) == ("cpu", 1, "float64")
-    assert proxy["data"] == {
-        "data_dir": str(runs.data), "tokenizer": "synthetic", "tokenizer_sha256": "synthetic" * 4, "vocab_size": 64,
-        "train_tokens": {"counting": 6000, "simple": 3000, "rich": 2000, "small": 300}}
-    assert proxy["domains"] == DOMAINS and proxy["sampling_weights"] == dict.fromkeys(DOMAINS, 0.25)
-    origin, weights = proxy["reference"], dict(zip(DOMAINS, [0.1, 0.2, 0.3, 0.4]))
-    assert origin["sampling_weights"] == reference["sampling_weights"] == pytest.approx(weights)
-    assert [origin[name] for name in ("out_dir", "seed", "max_steps", "batch_size")] == [str(runs.reference), 1, 12, 12]
-    names = {"flags.txt", "config.json", "ckpt.pt", "metrics.jsonl"}
-    assert {path.name for path in runs.reference.iterdir()} == names
-    assert {path.name for path in runs.proxy.iterdir()} == names | {"doremi_domain_weights_12.pt"}
-
-
 @pytest.mark.parametrize("script, name", [("train_reference.py", "reference"), ("train_doremi.py", "proxy"),
                                           ("train_large.py", "reference")])
 def test_a_run_repeats_from_its_own_directory(runs, script, name):
@@ -102,20 +88,17 @@ def test_identity_is_what_makes_a_run_this_experiment(runs):
     """Every flag but those of places and machines; two domains may be called as the config's own sections are."""
     config = runtime.read_config(runs.proxy)
     found = runtime.identity(config)
-    same = {"resume", "device", "compile", "micro_batch_size", "activation_checkpointing", "log_interval", "wandb",
-            "eval_interval", "eval_windows", "save_interval", "timeout", "out_dir", "data_dir", "reference",
-            "sampling_weights"}  # of paths and weights, what they lead to is compared
+    same = {*cli.MACHINE_FLAGS, *cli.PATH_FLAGS}  # of paths and weights, what they lead to is compared
+    assert "batch_size" not in same and "dtype" not in same and len(same) == 15
     for name in config["flags"]:
         changed = {**config, "flags": {**config["flags"], name: "another"}}
         assert (runtime.identity(changed) == found) == (name in same), name
     assert runtime.identity({**config, "versions": {}, "device": "cuda", "world_size": 8}) == found
     for domain in ("reference", "data", "out_dir", "device"):
-        for name, section in [("sampling_weights", config), ("train_tokens", config["data"])]:
+        for section, name in (("sampling_weights", None), ("data", "train_tokens")):
             marked = json.loads(json.dumps(config))
-            (marked if section is config else marked["data"])[name][domain] = 5
-            assert runtime.identity(marked) != found, (domain, name)
-    for name in ("fingerprint", "seed", "max_steps", "batch_size"):
-        assert found[f"reference.{name}"] == config["reference"][name]
+            (marked[section][name] if name else marked[section])[domain] = 5
+            assert runtime.identity(marked) != found, (domain, section)
 
 
 def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
