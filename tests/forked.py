@@ -67,8 +67,8 @@ def run_forked(script, *flags, status=0, timeout=120, **options):
     """
     job, end = Job(script, *flags, **options), time.monotonic() + timeout
     while (left := [p for p in job.processes if p.exitcode is None]) and time.monotonic() < end:
-        if any(p.exitcode for p in job.processes):
-            break
+        if any(p.exitcode and (p.exitcode != status or status < 0) for p in job.processes):
+            break  # the other ranks wait for one that was killed; those that are asked to stop all stop by themselves
         left[0].join(0.02)
     codes = [p.exitcode for p in job.processes]
     job.kill()

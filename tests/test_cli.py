@@ -30,9 +30,8 @@ def test_flags_from_a_file(tmp_path, monkeypatch):
     assert parse(monkeypatch, f"@{outer}")["beta1"] == 0.25
 
 
-@pytest.mark.parametrize("content, named", [("--max_stepz=3", "--max_stepz"), ("--beta1=1", "--beta1"),
-                                            ("--max_step=3", "--max_step"), ("stray", "stray"),
-                                            ("--data_dir='open", "open")])
+@pytest.mark.parametrize("content, named", [("--max_step=3", "--max_step"), ("--beta1=1", "--beta1"),
+                                            ("stray", "stray"), ("--data_dir='open", "open")])
 def test_errors_in_a_file_name_the_file(tmp_path, content, named):
     (file := tmp_path / "some_flags.txt").write_text(f"--max_steps=3\n{content}\n")
     refused(tmp_path, [named, str(file)], "train_reference.py", f"@{file}")

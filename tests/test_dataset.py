@@ -1,4 +1,4 @@
-"""What the sampler reads: windows, mixtures, evaluation windows, and sums over domains. All of it is exact."""
+"""What the sampler reads: windows, mixtures, and evaluation windows. All of it is exact."""
 
 import json
 import warnings
@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import draw, edit, write_dataset
 
-from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
+from sampler import evaluation_batches, held_out_loss, load_dataset, sampling_weights
 
 
 @pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
@@ -99,14 +99,3 @@ def test_held_out_loss(numbered, world_size, batch_size):
         with np.errstate(invalid="ignore"):  # a rank without windows of a domain
             loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), numbered, 0, batch_size, machine)
     assert loss.tolist() == [10_000 * i + 5_000 + (1 + 8 * n) / 2 for i, n in enumerate([5, 3, 9])]
-
-
-def test_domain_sums():
-    """Rows of domains 2, 0, 2 and a filling row (3 of 3 domains); domain 1 is absent."""
-    losses = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [64.0, 128.0]])
-    total, excess, count = domain_sums(torch.tensor([2, 0, 2, 3]), 3, torch.float64, losses, losses / 2)
-    assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
-    assert torch.equal(excess, total / 2) and total.dtype == torch.float64
-    parts = [domain_sums(torch.tensor([2, 0, 2, 3])[part], 3, torch.float64, losses[part], losses[part] / 2)
-             for part in (slice(1), slice(1, 4))]  # of micro-batches, they add
-    assert torch.equal(sum(parts), torch.stack([total, excess, count]))

@@ -47,7 +47,8 @@ def world(tmp_path_factory):
         data = markov_dataset(directory / "data", [(f"domain{i}", 1500, n) for i, n in enumerate(successors)], 100, 5)
         run_forked("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
                    *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
-                   "--sampling_weights=uniform", f"--learning_rate={LEARNING_RATE[dtype]}")
+                   "--sampling_weights=uniform", f"--learning_rate={LEARNING_RATE[dtype]}",
+                   f"--lr_schedule={'exponential' if case == 'many' else 'cosine'}")
         return directory
 
     return make
@@ -90,11 +91,19 @@ def run_oracle(directory, case, dtype):
     return doremi(initial, reference, batches, 30 if case == "many" else 4, flags)
 
 
-def check_run(world, truth, case, dtype, ranks, micro_batch_size, **options):
+EVERY = itertools.product(SAMPLING, ["float64", "float32"], [(1, 24), (1, 6), (2, 12), (2, 4), (3, 4), (4, 6), (4, 3)])
+
+
+@pytest.mark.parametrize("case, dtype, ranks, micro_batch_size, nodes", [
+    ("even", "float64", 1, 24, 1), ("even", "float64", 2, 12, 1), ("skewed", "float64", 2, 4, 1),
+    ("skewed", "float64", 4, 3, 2), ("many", "float64", 1, 6, 1), ("many", "float64", 4, 3, 1),
+    ("skewed", "float32", 2, 4, 1), ("skewed", "float32", 4, 3, 1),
+    *(pytest.param(case, dtype, *split, 1, marks=pytest.mark.slow) for case, dtype, split in EVERY)])
+def test_run_is_the_oracles(world, truth, case, dtype, ranks, micro_batch_size, nodes):
     """Twenty steps against the oracle: alpha, excess, every parameter's gradient, final parameters, the answer."""
     directory, expected = world(case, dtype), truth(case, dtype)
     record = directory / f"record{next(NUMBERS)}"
-    found = run_proxy(directory, case, ranks, micro_batch_size, record=record, **options)
+    found = run_proxy(directory, case, ranks, micro_batch_size, nodes=nodes, record=record)
     gradients = torch.load(f"{record}.0", weights_only=True)["gradients"]
     assert len(gradients) == STEPS and len(gradients[0]) == 2 + 6 * SHAPE["n_layer"]
     deviations = {name: distance(found[name], expected[name])
@@ -104,7 +113,7 @@ def check_run(world, truth, case, dtype, ranks, micro_batch_size, **options):
     if dtype == "float32":
         assert max(deviations["alpha"], deviations["alpha_bar"], deviations["excess"]) < 2e-6
         assert distance(gradients[0], expected["gradients"][0]) < 1e-6 * expected["grad_norm"][0]  # of 2 to 7
-        return found
+        return
     assert deviations.pop("model") < 1e-10  # twenty steps of Adam amplify
     assert max(deviations.values()) < 1e-12
     assert found["logged_alpha"] == found["alpha"].tolist()  # metrics.jsonl says what the history says
@@ -113,23 +122,6 @@ def check_run(world, truth, case, dtype, ranks, micro_batch_size, **options):
     assert np.abs(found["alpha"][-1] - found["alpha"][0]).max() > 0.02
     assert min(found["grad_norm"]) < 0.8 < max(found["grad_norm"])
     assert (expected["absent"] > STEPS) == (case != "even")
-    return found
-
-
-@pytest.mark.parametrize("case, dtype, ranks, micro_batch_size, nodes", [
-    ("even", "float64", 1, 24, 1), ("even", "float64", 2, 12, 1), ("skewed", "float64", 2, 4, 1),
-    ("skewed", "float64", 4, 3, 2), ("many", "float64", 1, 6, 1), ("many", "float64", 4, 3, 1),
-    ("skewed", "float32", 2, 4, 1), ("skewed", "float32", 4, 3, 1)])
-def test_run_is_the_oracles(world, truth, case, dtype, ranks, micro_batch_size, nodes):
-    check_run(world, truth, case, dtype, ranks, micro_batch_size, nodes=nodes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("case", SAMPLING)
-@pytest.mark.parametrize("ranks, micro_batch_size", [(1, 24), (1, 6), (2, 12), (2, 4), (3, 4), (4, 6), (4, 3)])
-def test_every_split_is_the_oracles(world, truth, case, dtype, ranks, micro_batch_size):
-    check_run(world, truth, case, dtype, ranks, micro_batch_size)
 
 
 def test_under_torchrun(world):

@@ -152,14 +152,6 @@ def test_frozen_copy_gives_the_same_losses_to_the_bit(dtype):
     assert all(p.dtype == dtype for p in frozen.parameters())
 
 
-def test_weight_decay_is_for_matrices_only(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", "--weight_decay=0.3"])
-    args = train_reference.parse_args("", train_reference.DEFAULTS)
-    decayed, rest = runtime.adamw(build(), args).param_groups
-    assert decayed["weight_decay"] == 0.3 and {p.dim() for p in decayed["params"]} == {2}
-    assert rest["weight_decay"] == 0.0 and len(rest["params"]) == 5  # the norms
-
-
 def test_a_model_from_the_meta_device_is_the_same_but_for_its_parameters():
     """Its rotary table is filled in again; initial_parameters has the standard deviations of GPT-2."""
     with torch.device("meta"):

@@ -160,9 +160,7 @@ def test_random_kills(world, undisturbed, tmp_path, script, ranks, kills=12):
     steps = ["--max_steps=150", "--save_interval=1", "--eval_interval=10"]
     expected = undisturbed(script, *steps, ranks=ranks)
     flags = [*script_flags(script, world, "float32"), *steps, f"--out_dir={tmp_path}/run", "--resume"]
-    seed = time.time_ns()
-    generator, reached = random.Random(seed), []
-    print(f"\n{script} on {ranks} ranks, seed {seed}")
+    generator, reached, checkpoint = random.Random(seed := time.time_ns()), [], tmp_path / "run/ckpt.pt"
     while len(reached) < kills:
         job = Job(script, *flags, ranks=ranks)
         time.sleep(generator.uniform(0.1, 0.6 * ranks))
@@ -171,9 +169,8 @@ def test_random_kills(world, undisturbed, tmp_path, script, ranks, kills=12):
         if done:  # faster than the kills: it starts again
             assert_same(left_by(tmp_path / "run"), expected)
             shutil.rmtree(tmp_path / "run")
-            continue
-        checkpoint = tmp_path / "run/ckpt.pt"
-        reached.append(torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0)
-    print(f"killed at steps {reached}")
+        else:
+            reached.append(torch.load(checkpoint, weights_only=True)["step"] if checkpoint.exists() else 0)
+    print(f"\n{script} on {ranks} ranks, seed {seed}, killed at steps {reached}")
     run_forked(script, *flags, ranks=ranks)
     assert_same(left_by(tmp_path / "run"), expected)

@@ -1,15 +1,13 @@
-"""The machinery: schedule, what a run's directory says, its identity, and wandb."""
+"""The machinery: what a run's directory says, its identity, and wandb."""
 
 import json
 import math
 import re
 import shlex
 import signal
-from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import TINY, read_metrics, run_here
 
 import cli
@@ -33,19 +31,6 @@ def runs(tmp_path_factory, data_dir):
     flags = [flag for flag in TINY if re.match("--(log|eval|save)_|--no-compile", flag)]
     run_here("train_doremi.py", *flags, f"--reference={reference}", f"--out_dir={proxy}")
     return SimpleNamespace(reference=reference, proxy=proxy, data=data_dir, directory=directory)
-
-
-@pytest.mark.parametrize("schedule, warmup_steps, max_steps, min_lr, expected", [
-    # From 0.8 to 0.2 in six steps: half-way 0.5; a third: 0.2 + 0.6 (1 + cos 60) / 2
-    ("cosine", 4, 10, 0.2, [0.2, 0.4, 0.6, 0.8, 0.5 + 0.15 * 3**0.5, 0.65, 0.5, 0.35, 0.5 - 0.15 * 3**0.5, 0.2]),
-    ("exponential", 2, 5, 0.1, [0.4, 0.8, 0.4, 0.2, 0.1]),  # a half each
-    ("cosine", 0, 2, 0.2, [0.5, 0.2]), ("exponential", 0, 1, 0.1, [0.1]), ("cosine", 2, 2, 0.1, [0.4, 0.8])])
-def test_schedule(schedule, warmup_steps, max_steps, min_lr, expected):
-    args = Namespace(lr_schedule=schedule, max_steps=max_steps, warmup_steps=warmup_steps, learning_rate=0.8,
-                     min_lr=min_lr)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    rates = [runtime.set_learning_rate(optimizer, step, args) for step in range(1, max_steps + 1)]
-    assert rates == pytest.approx(expected) and optimizer.param_groups[0]["lr"] == rates[-1]
 
 
 TRAINING = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "domain_loss", "epochs"}
