@@ -159,13 +159,9 @@ def read_alpha(run_dir):
     return torch.stack([entry["domain_weights"] for entry in history]).numpy()
 
 
-# ---- text ----
-
 EOT = "<|endoftext|>"
-TEXTS = [
-    f"Document {number}: naïve café — 漢字 😀 {EOT} is text.\r\n\n\tIt costs {number * 37} and ends in spaces.   \n"
-    for number in range(120)
-]
+TEXTS = [f"Document {n}: naïve café — 漢字 😀 {EOT} is text.\r\n\n\tIt costs {n * 37} and ends in spaces.   \n"
+         for n in range(120)]
 WORDS = "the of naïve and to in is that for it as was with be by on not he his but at are this have from or had".split()
 
 

@@ -143,21 +143,6 @@ def link(tmp_path, write, *names):
     return sampler.load_dataset(tmp_path / "data/raw", WINDOW)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_token_files_give_the_windows_of_the_stream(tmp_path, form):
-    data = link(tmp_path, FORMATS[form], "a", "b")
-    for i, (name, ids) in enumerate(STREAM.items()):
-        entry, end = data.meta["domains"][name], VAL[name]
-        for found, part in ((data.train[i], ids[:end]), (data.val[i], ids[end:])):
-            assert np.array_equal(found, [part[j : j + WINDOW + 1] for j in range(0, len(part) - WINDOW, WINDOW)])
-        held_out = int((ids[end:] == EOT).sum()) - 1
-        assert (entry["train_tokens"], entry["val_tokens"]) == (end, len(ids) - end)
-        assert (entry["train_documents"], entry["val_documents"]) == (len(CORPUS[name]) - held_out, held_out)
-        assert entry["val_bytes"] == len(ids) - end - held_out - 1  # a byte per id
-        linked = (tmp_path / f"data/raw/{name}/train.bin").is_symlink()
-        assert linked == (form not in ("llm.c", "packed rows")) and linked == ("train_file_bytes" in entry)
-
-
 def test_rows_of_documents_get_their_end_of_text(tmp_path):
     link(tmp_path, lambda folder, name: pq.write_table(
         pa.table({"input_ids": [ids[:-1] for ids in CORPUS[name]]}), folder / f"{name}.parquet"), "a")
@@ -180,9 +165,19 @@ def ordinary_losses(tmp_path_factory):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_losses_are_those_of_ordinary_bins(tmp_path, ordinary_losses, form):
-    """A model trained on linked or copied data has the same losses, to the bit."""
-    link(tmp_path, FORMATS[form], "a", "b")
+def test_token_files_give_the_windows_and_losses_of_ordinary_bins(tmp_path, ordinary_losses, form):
+    """The losses of a model that is trained on them, linked or copied: to the bit."""
+    data = link(tmp_path, FORMATS[form], "a", "b")
+    for i, (name, ids) in enumerate(STREAM.items()):
+        entry, end = data.meta["domains"][name], VAL[name]
+        for found, part in ((data.train[i], ids[:end]), (data.val[i], ids[end:])):
+            assert np.array_equal(found, [part[j : j + WINDOW + 1] for j in range(0, len(part) - WINDOW, WINDOW)])
+        held_out = int((ids[end:] == EOT).sum()) - 1
+        assert (entry["train_tokens"], entry["val_tokens"]) == (end, len(ids) - end)
+        assert (entry["train_documents"], entry["val_documents"]) == (len(CORPUS[name]) - held_out, held_out)
+        assert entry["val_bytes"] == len(ids) - end - held_out - 1  # a byte per id
+        linked = (tmp_path / f"data/raw/{name}/train.bin").is_symlink()
+        assert linked == (form not in ("llm.c", "packed rows")) and linked == ("train_file_bytes" in entry)
     found = losses_on(tmp_path / "data/raw", tmp_path / "run")
     assert found == ordinary_losses and len(found[0]) == 12 and len(found[1]) == 2
 

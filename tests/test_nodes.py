@@ -1,7 +1,4 @@
-"""Several nodes, and ranks that die or hang: real processes under torchrun. All of it is slow.
-
-What needs no launcher is in test_sharding.py and test_exactness.py.
-"""
+"""Several nodes, and ranks that die or hang: real processes under torchrun. All of it is slow."""
 
 import contextlib
 import os

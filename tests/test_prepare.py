@@ -152,7 +152,6 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (("b.jsonl", b'{"txt": "a"}\n'), RAW, ["raw/b.jsonl, line 1", "'text'"]),
     (("b.jsonl", b'{"text": "\\ud800"}\n'), RAW, ["raw/b.jsonl, line 1"]),
     (("b.jsonl.gz", gzip.compress(str(3**4000).encode())[:99]), RAW, ["raw/b.jsonl.gz"]),
-    (("b.txt", b""), RAW, ["raw/b.txt"]),
     (("b.jsonl", b'{"text": "a"}\n'), RAW, ["'b'", "train"]),
     (("b.jsonl", b'{"text": "b"}\n' * 2), RAW, ["'b'", "val"]),
     (("b.jsonl", b'{"text": "a"}\n'), KEY, ["raw/b.jsonl, line 1", "'meta.set'"]),
@@ -161,7 +160,6 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (None, "raw --tokenizer=train:60000", ["--tokenizer=train:60000"]),
     (None, "raw --tokenizer=gpt9", ["--tokenizer=gpt9"]),
     (("../x.tiktoken", b"YQ== 1\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
-    (("../t.json", b"{}"), "raw --tokenizer=t.json", ["t.json"]),
     (None, RAW + " --out_dir=raw", ["raw", "exists"]),
 ]  # fmt: skip
 
