@@ -19,10 +19,10 @@ import torch
 import cli
 import runtime
 from cli import UserError
-from evaluate import data_tokenizer, load_runs
+from evaluate import load_runs
 from model import Transformer
 from prepare import staged
-from tokenizer import EOT, PATTERN, parse_ranks
+from tokenizer import EOT, PATTERN, data_tokenizer, parse_ranks
 
 try:
     import tokenizers

@@ -58,6 +58,18 @@ def load_tokenizer(spec, eot_token=None, sample=None):
                         "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=train:4096") from None
 
 
+def data_tokenizer(dataset):
+    """The Tokenizer that a data set was made with.  Raises UserError."""
+    files = [str(path) for path in Path(dataset.directory).glob("tokenizer.*")]
+    spec, eot = files[0] if files else dataset.meta["tokenizer"], None
+    if spec.endswith(".json"):
+        eot = optional("tokenizers", spec).Tokenizer.from_file(spec).id_to_token(dataset.meta["eot_token"])
+    tokenizer = load_tokenizer(spec, eot)
+    if tokenizer.sha256 != dataset.meta["tokenizer_sha256"]:
+        raise UserError(f"{spec} is not the tokenizer that {dataset.directory} was made with; put that one back")
+    return tokenizer
+
+
 def train_ranks(spec, sample):
     size = spec.removeprefix("train:")
     if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
