@@ -169,7 +169,7 @@ def draw(domains, share, reference, alphas):
     for i, colour, dash in zip(order, colours, itertools.cycle(("-", "--", "-.", ":"))):
         left.plot(t + 1, alphas[:, t, i].mean(axis=0), color=colour, linewidth=0.5, alpha=0.3)
         left.plot(t + 1, averages[:, t, i].mean(axis=0), dash, color=colour, linewidth=2, label=domains[i])
-    weight_axis(left.yaxis, averages.mean(axis=0))
+    weight_axis(left.yaxis, np.append(averages.mean(axis=0), 1.0))
     left.set(xlim=(0, T), xlabel="step",
              title="alpha (thin) and its running average (thick)" + f", mean of {S} seeds" * (S > 1))
     left.legend(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)

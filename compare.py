@@ -184,6 +184,7 @@ def draw(groups):
               [(group.name, *(values[order] for values in change(group, baseline)), mark)
                for group, mark in zip(others, marks[1:])])
     axes["change"].axvline(0, color="0.45", linewidth=1)
+    axes["change"].locator_params(axis="x", nbins=7)
     axes["change"].set(title=f"left of 0: better than {baseline.name}",
                        xlabel="change of held-out loss (nats per token)")
     draw_curves(axes["mean"], groups, MEAN)
