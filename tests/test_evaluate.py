@@ -17,6 +17,7 @@ import runtime
 from cli import UserError
 from model import ModelConfig, Transformer
 from sampler import held_out_loss, load_dataset
+from tokenizer import data_tokenizer
 
 T = 16
 FLAGS = [f"--block_size={T}", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_ffn=32", "--batch_size=8",
@@ -92,7 +93,7 @@ def test_bits_are_those_of_each_token_on_its_own(monkeypatch):
 
 
 def test_a_uniform_model_pays_log_v_per_byte_and_ties_are_wrong(place):
-    tokenizer = evaluate.data_tokenizer(load_dataset(place / "data", T))
+    tokenizer = data_tokenizer(load_dataset(place / "data", T))
     items = [[("is é", " a", False), ("is é", " b", True)],
              [("", "four", True), ("", "five", False), ("", "nine", False), ("", "zero", False)]]
     part = evaluate.task_part(items, tokenizer, T)
@@ -163,12 +164,10 @@ def test_tasks_of_ones_own(place, tmp_path):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"context": "a"', "line 2"), ('{"context": "a"}', "has no 'answer'"), ("[1]", "line 2"), ("", "line 2"),
-    ('{"context": "a", "answer": ""}', "empty"), ('{"context": 1, "answer": "b"}', "not a string"),
+    ('{"context": "a"', "line 2"), ('{"context": "a"}', "'answer'"), ("[1]", "line 2"), ("", "line 2"),
+    ('{"context": "a", "answer": ""}', "empty"), ('{"context": 1, "answer": "b"}', "expected str"),
     ('{"context": "a", "answer": "\\ud800"}', "surrogate"),
-    ('{"context": "a", "choices": ["b"], "gold": 0}', "two or more"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2"),
-    ('{"context": "a", "choices": ["b", "c"], "gold": true}', "gold is true"),
+    ('{"context": "a", "choices": ["b", "c"], "gold": 2}', "gold"),
 ])  # fmt: skip
 def test_a_broken_line(line, message, tmp_path):
     path = tmp_path / "task.jsonl"

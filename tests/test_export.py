@@ -21,7 +21,7 @@ import runtime
 from cli import UserError
 from model import Transformer
 from sampler import load_dataset
-from tokenizer import PATTERN
+from tokenizer import PATTERN, data_tokenizer
 
 pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -96,7 +96,7 @@ def test_losses_and_greedy_text_are_the_runs_own(place, ours, theirs):
 
 def test_ids_are_the_data_sets(place):
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "hf")
-    encode = evaluate.data_tokenizer(load_dataset(place / "data", T)).encode
+    encode = data_tokenizer(load_dataset(place / "data", T)).encode
     documents = [json.loads(line)["text"] for path in (place / "texts").iterdir() for line in path.open()]
     texts = [*strings(random.Random(0), 3000), *characters(), *documents]
     assert ids_of(tokenizer, texts) == [encode(text.encode()).tolist() for text in texts]
@@ -135,7 +135,7 @@ def test_other_tokenizers(place, tmp_path):
                    *(["--eot_token=<stop>"] if spec != "bytes" else []))
         dataset = load_dataset(out_dir, T)
         exported, found = export_hf.hf_tokenizer(dataset)
-        encode = evaluate.data_tokenizer(dataset).encode
+        encode = data_tokenizer(dataset).encode
         assert found == name
         for text in texts:
             assert exported.encode(text).ids == [dataset.meta["eot_token"], *encode(text.encode()).tolist()]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_metrics, run_here
+from conftest import ROOT, TINY, read_metrics, run_here, run_script
 from forked import run_forked
 
 import runtime
@@ -295,6 +295,10 @@ def test_wandb_offline_runs(runs, monkeypatch):
     pytest.importorskip("wandb")
     out = runs.directory / "offline"
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    run_here("train_reference.py", f"@{runs.reference}/flags.txt", f"--out_dir={out}", "--wandb=offline")
-    assert comparable(read_metrics(out)) == comparable(read_metrics(runs.reference))
-    assert list(out.glob("wandb/offline-run-*/*.wandb"))
+    run_here("train_doremi.py", f"@{runs.proxy}/flags.txt", f"--out_dir={out}", "--wandb=offline")
+    assert comparable(read_metrics(out)) == comparable(read_metrics(runs.proxy))
+    trained, = out.glob("wandb/offline-run-*/*.wandb")
+    run_script("average_weights.py", out)  # as one does: in one process, wandb may lose a run that has an id again
+    averaged, = set(out.glob("wandb/offline-run-*/*.wandb")) - {trained}
+    assert averaged.name == trained.name  # run-ID.wandb
+    assert b"answer/rich" in averaged.read_bytes() and list(averaged.parent.glob("files/media/images/weights_*.png"))
