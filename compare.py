@@ -10,36 +10,22 @@ directory's without the seed: large-doremi-s1 and large-doremi-seed1 give large-
 Dimensions: S seeds of a group, N evaluations, K domains, M = K + 3 losses: the domains' and their SUMMARIES.
 """
 
-import itertools
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 import cli
 import runtime
-from average_weights import GREY, add_titles, align, weight_axis
-from cli import UserError, shown
+from average_weights import BEFORE, STYLE, align, check_same, draw_rows, publish, weight_axis
+from cli import UserError
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the M losses
-STYLES = (  # colour, marker and dash: runs can be told apart in grey, too. The baseline's is the first
-    (GREY, "o", "-"), ("#440154", "s", "--"), ("#d95f02", "^", "-."), ("#21918c", "D", ":"), ("#5b9bd5", "v", "--"),
-    ("#b8a200", "P", "-."), ("#a50f15", "X", ":"))
-
-
-@dataclass
-class Group:
-    name: str
-    config: dict  # of its first seed
-    seeds: list  # sorted
-    weights: np.ndarray  # (K,) sampling weights
-    step: np.ndarray  # (N,)
-    tokens: np.ndarray  # (N,)
-    loss: np.ndarray  # (S, N, M) nats per token
 
 
 # ---- the mathematics ----
@@ -60,9 +46,9 @@ def change(group, baseline):
     The same seeds are paired. Otherwise the deviation is that of the difference of two independent runs.
     """
     after, before = group.loss[:, -1], baseline.loss[:, -1]  # (S, M)
-    if group.seeds == baseline.seeds:
-        return (after - before).mean(axis=0), deviation(after - before)
-    return after.mean(axis=0) - before.mean(axis=0), np.hypot(deviation(after), deviation(before))
+    paired = group.seeds == baseline.seeds
+    sd = deviation(after - before) if paired else np.hypot(deviation(after), deviation(before))
+    return after.mean(axis=0) - before.mean(axis=0), sd
 
 
 def passing(group, target, column):
@@ -80,20 +66,13 @@ def speed_up(group, baseline):
 
 # ---- reading the runs ----
 
-def held_out(config):
-    """What decides which tokens are held out."""
-    return {"domains": sorted(config["domains"]), "block_size": config["model"]["block_size"],
-            "eval_windows": config["flags"]["eval_windows"],
-            **{name: config["data"][name] for name in ("tokenizer_sha256", "vocab_size", "train_tokens")}}
-
-
 def read_evaluations(run, config, domains):
-    """{step: (tokens, losses (K,))} of a finished run.  Raises UserError."""
+    """{step: losses (K,)} of a finished run.  Raises UserError."""
     path, steps, found = run / "metrics.jsonl", config["flags"]["max_steps"], {}
     try:
         for line in path.read_text().splitlines():
             if "val_loss" in (entry := json.loads(line)):
-                found[entry["step"]] = entry["tokens"], np.array([entry["val_loss"][name] for name in domains])
+                found[entry["step"]] = np.array([entry["val_loss"][name] for name in domains])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected the metrics of a finished run") from None
     if steps not in found:
@@ -104,34 +83,42 @@ def read_evaluations(run, config, domains):
 
 def read_groups(runs):
     """The runs as groups of seeds, the baseline's first.  Raises UserError unless all have the same held-out tokens."""
-    configs, members = [runtime.read_config(run) for run in runs], {}
-    first, domains = configs[0], configs[0]["domains"]
+    configs, members, groups = [runtime.read_config(run) for run in runs], {}, []
+    held_out = [{"domains": sorted(config["domains"]), "block_size": config["model"]["block_size"],
+                 "eval_windows": config["flags"]["eval_windows"],
+                 **{name: config["data"][name] for name in ("tokenizer_sha256", "vocab_size", "train_tokens")}}
+                for config in configs]
+    check_same(runs, held_out, "losses compare on the same held-out tokens only")
     for run, config in zip(runs, configs):
-        for name, value in held_out(config).items():
-            if value != held_out(first)[name]:
-                raise UserError(f"{run}: {name} is {shown(value)}, but {shown(held_out(first)[name])} in {runs[0]}; "
-                                "losses can only be compared on the same held-out tokens")
-        experiment = {name: value for name, value in runtime.identity(config).items() if name != "seed"}
-        members.setdefault(json.dumps(experiment, sort_keys=True), []).append((config["flags"]["seed"], run, config))
+        experiment = json.dumps(runtime.identity(config) | {"seed": None}, sort_keys=True)
+        members.setdefault(experiment, []).append((config["flags"]["seed"], run, config))
     if len(members) < 2:
         raise UserError(f"{runs[0]}: only one experiment is given; give a baseline and at least one other run")
-    share = np.array([first["data"]["train_tokens"][name] for name in domains], dtype=np.float64)
+    domains, counts = configs[0]["domains"], configs[0]["data"]["train_tokens"]
+    share = np.array([counts[name] for name in domains]) / sum(counts.values())
     stems = [re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name) for group in members.values()]
-    groups = []
     for stem, group in zip(stems, members.values()):
+        name = stem if stems.count(stem) == 1 else str(group[0][1])
         seeds, paths, (config, *_) = zip(*sorted(group, key=lambda member: member[0]))
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{', '.join(map(str, paths))}: the same experiment and seed twice; give each seed once")
         found = [read_evaluations(run, config, domains) for run in paths]
-        step = sorted(set.intersection(*map(set, found)))
-        loss = np.stack([[evaluations[t][1] for t in step] for evaluations in found])  # (S, N, K)
-        groups.append(Group(stem if stems.count(stem) == 1 else str(group[0][1]), config, list(seeds),
-                            np.array([config["sampling_weights"][name] for name in domains]), np.array(step),
-                            np.array([found[0][t][0] for t in step]), with_summaries(loss, share / share.sum())))
+        step = np.array(sorted(set.intersection(*map(set, found))))  # (N,)
+        loss = with_summaries(np.array([[losses[t] for t in step] for losses in found]), share)  # (S, N, M)
+        groups.append(SimpleNamespace(
+            name=name, config=config, seeds=list(seeds), domains=domains, step=step, loss=loss,
+            tokens=step * config["flags"]["batch_size"] * config["model"]["block_size"],
+            weights=np.array([config["sampling_weights"][name] for name in domains])))
     return groups
 
 
 # ---- what it prints and draws ----
+
+def looks(n):
+    """How to draw a baseline and n other runs: marker and dash tell them apart in grey, too."""
+    return [BEFORE, *({"color": f"C{i}", "marker": "s^DvPX"[i % 6], "linestyle": ("--", "-.", ":")[i % 3]}
+                      for i in range(n))]
+
 
 def pace(group, baseline):
     factor = speed_up(group, baseline)
@@ -149,69 +136,60 @@ def finding(group, baseline):
 def table(groups):
     """Lines: the baseline's last losses, then each other group's change, with * where the loss is lower."""
     baseline, several = groups[0], any(len(group.seeds) > 1 for group in groups)
-    domains, last = baseline.config["domains"], baseline.loss[:, -1]  # (S, M)
-    columns = [["", "", *domains, *SUMMARIES, "domains better", "speed-up in tokens"],
+    last = baseline.loss[:, -1]  # (S, M)
+    columns = [["", "", *baseline.domains, *SUMMARIES, "domains better", "speed-up in tokens"],
                [baseline.name, "loss" + " ±     sd" * several,
                 *(f"{m:.4f}" + f" ±{s:.4f}" * several for m, s in zip(last.mean(axis=0), deviation(last))), "", ""]]
     for group in groups[1:]:
         mean, sd = change(group, baseline)
         columns.append([group.name, "change " + " ±     sd" * several,
                         *(f"{m:+.4f}{'*' if m < 0 else ' '}" + f" ±{s:.4f}" * several for m, s in zip(mean, sd)),
-                        f"{(mean[:MEAN] < 0).sum()} of {len(domains)}", pace(group, baseline)])
+                        f"{(mean[:MEAN] < 0).sum()} of {len(group.weights)}", pace(group, baseline)])
     return align(columns)
 
 
-def draw_curves(axes, groups, styles, column):
+def draw_curves(axes, groups, column):
     """One of the SUMMARIES over the steps, and the step at which each group passes the baseline's last value."""
     means = [group.loss[..., column].mean(axis=0) for group in groups]  # (N,) each
+    target = means[0][-1]
+    axes.axhline(target, color="0.45", linewidth=0.8, linestyle=":")
+    for group, mean, look in zip(groups, means, looks(len(groups) - 1)):
+        sd, index = deviation(group.loss[..., column]), passing(group, target, column)
+        axes.fill_between(group.step, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+        axes.plot(group.step, mean, markevery=[-1], label=group.name, **look)
+        if group is not groups[0] and index is not None:
+            axes.axvline(group.step[index], ymax=0.1, color=look["color"])
+            axes.annotate(f"{group.step[index]} ", (group.step[index], 0.03), xycoords=("data", "axes fraction"),
+                          ha="right", fontsize=8, color=look["color"])
     top = max(mean[np.searchsorted(group.step, group.step[-1] / 4)] for group, mean in zip(groups, means))
-    low, target = min(map(np.min, means)), means[0][-1]
-    bottom = low - 0.15 * max(top - low, 1e-3)  # room for the steps' numbers; the steep start is above the top
-    axes.axhline(target, color=GREY, linewidth=0.8, linestyle=":")
-    for group, mean, (colour, marker, dash) in zip(groups, means, styles):
-        sd = deviation(group.loss[..., column])
-        axes.fill_between(group.step, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(group.step, mean, dash, color=colour, marker=marker, markevery=[-1], label=group.name,
-                  markerfacecolor="white" if group is groups[0] else colour)
-        if group is not groups[0] and (index := passing(group, target, column)) is not None:
-            axes.plot([group.step[index]] * 2, [bottom, mean[index]], dash, color=colour, linewidth=1)
-            axes.annotate(group.step[index], (group.step[index], bottom), (-3, 3), textcoords="offset points",
-                          ha="right", fontsize=8, color=colour)
-    axes.set(xlim=(0, 1.02 * max(group.step[-1] for group in groups)), ylim=(bottom, top), xlabel="step")
-    axes.set_title(f"held-out loss, {SUMMARIES[column]} (nats per token)", fontsize=10)
+    low = min(map(np.min, means))
+    axes.set(xlim=(0, None), ylim=(low - 0.15 * max(top - low, 1e-3), top),  # the steep start is above the top
+             xlabel="step", title=f"held-out loss, {SUMMARIES[column]} (nats per token)")
 
 
+@matplotlib.rc_context(STYLE)
 def draw(groups):
     """Sampling weights, change of loss per domain, and the mean and the worst domain's loss over the steps."""
     baseline, *others = groups
-    K, n = len(baseline.weights), len(others)
-    styles = [STYLES[0], *itertools.islice(itertools.cycle(STYLES[1:]), n)]
+    K, marks = len(baseline.weights), looks(len(others))
     order = np.argsort(change(others[-1], baseline)[0][:K], kind="stable")  # the last group's best domain on top
-    figure = Figure(figsize=(15, max(5.0, K * max(0.24, 0.07 * n) + 1.5)), layout="constrained")
+    figure = Figure(figsize=(15, max(5.0, K * max(0.24, 0.07 * len(others)) + 1.5)), layout="constrained")
     axes = figure.subplot_mosaic([["weight", "change", "mean"], ["weight", "change", "worst"]],
                                  width_ratios=(1, 1.2, 1.4))
-    for panel in axes.values():
-        panel.spines[["top", "right"]].set_visible(False)
-    rows, offsets = np.arange(K), np.linspace(-0.4, 0.4, n + 2)[1:-1]
-    for group, offset, (colour, marker, _) in zip(others, offsets, styles[1:]):
-        mean, sd = (values[:K][order] for values in change(group, baseline))
-        axes["weight"].plot(group.weights[order], rows + offset, marker, color=colour, markersize=5)
-        axes["change"].errorbar(mean, rows + offset, xerr=sd if sd.any() else None, fmt=marker, color=colour,
-                                markersize=5, capsize=2)
-    axes["weight"].plot(baseline.weights[order], rows, "o", color=GREY, markerfacecolor="none")
-    positive = np.concatenate([group.weights[group.weights > 0] for group in groups])
-    weight_axis(axes["weight"].xaxis, positive.min() / 1.3, min(1.0, 1.3 * positive.max()))
-    axes["change"].axvline(0, color=GREY, linewidth=1)
-    axes["change"].grid(True, color="0.9", linewidth=0.6)
-    axes["weight"].set(ylim=(K - 0.5, -0.5), xlabel="sampling weight")
-    axes["change"].set(ylim=(K - 0.5, -0.5), xlabel="change of held-out loss (nats per token)")
-    axes["weight"].set_yticks(rows, [baseline.config["domains"][i] for i in order], fontsize=9)
-    axes["change"].set_yticks(rows, [""] * K)
-    axes["change"].tick_params(axis="y", length=0)
-    axes["change"].set_title(f"left of 0: better than {baseline.name}", fontsize=10)
-    draw_curves(axes["mean"], groups, styles, MEAN)
-    draw_curves(axes["worst"], groups, styles, WORST)
-    axes["mean"].legend(loc="upper right", fontsize=9, frameon=False)
+    draw_rows(axes["weight"], [baseline.domains[i] for i in order],
+              [(group.name, group.weights[order], None, mark) for group, mark in zip(groups, marks)])
+    weight_axis(axes["weight"].xaxis, np.concatenate([group.weights for group in groups]))
+    axes["weight"].set_xlabel("sampling weight")
+    draw_rows(axes["change"], [""] * K,
+              [(group.name, *(values[order] for values in change(group, baseline)), mark)
+               for group, mark in zip(others, marks[1:])])
+    axes["change"].axvline(0, color="0.45", linewidth=1)
+    axes["change"].locator_params(axis="x", nbins=7)
+    axes["change"].set(title=f"left of 0: better than {baseline.name}",
+                       xlabel="change of held-out loss (nats per token)")
+    draw_curves(axes["mean"], groups, MEAN)
+    draw_curves(axes["worst"], groups, WORST)
+    axes["mean"].legend(loc="upper right")
     return figure
 
 
@@ -219,14 +197,13 @@ def draw(groups):
 
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a finished run; the first is the baseline")
-    add("--out_dir", type=Path, help="where compare.png goes (default: the last run's directory)")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs; the first is the baseline")
+    parser.add_argument("--out_dir", type=Path, help="where compare.png goes (default: the last run's directory)")
     args = parser.parse_args(argv)
     groups = read_groups(args.runs)
     baseline, *others = groups
-    print("\n".join(["last held-out loss in nats per token, and its change from the baseline; * is lower", "",
-                     *table(groups), ""]))
+    print("last held-out loss in nats per token, and its change from the baseline; * is lower\n")
+    print("\n".join([*table(groups), ""]))
     for group in others:
         for what, value, expected in (("parameters", group.config["n_params"], baseline.config["n_params"]),
                                       ("tokens", group.tokens[-1], baseline.tokens[-1])):
@@ -235,15 +212,12 @@ def main(argv=None):
         if group.seeds != baseline.seeds:
             print(f"note: {group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
         print(finding(group, baseline))
-    figure, config = draw(groups), baseline.config
-    add_titles(figure, finding(others[-1], baseline),
-               f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
+    config, out_dir = baseline.config, args.out_dir or args.runs[-1]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    setting = (f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
                f"{config['data']['tokenizer']}, seed {', '.join(map(str, baseline.seeds))}"
                + "; bars and bands: standard deviation over the seeds" * (len(baseline.seeds) > 1))
-    out_dir = args.out_dir or args.runs[-1]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    runtime.write_atomically(out_dir / "compare.png", lambda file: figure.savefig(file, format="png", dpi=110))
-    print(f"written: {out_dir / 'compare.png'}")
+    publish(draw(groups), finding(others[-1], baseline), setting, out_dir / "compare.png", args.runs[-1])
 
 
 if __name__ == "__main__":

@@ -17,18 +17,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 import cli
 import runtime
-from average_weights import GREY, add_titles, align
-from cli import UserError, shown
-from compare import STYLES
+from average_weights import STYLE, align, check_same, draw_rows, publish
+from cli import UserError
+from compare import looks
 from model import Transformer
 from sampler import check_vocabulary, load_dataset
-from tokenizer import load_tokenizer, optional
+from tokenizer import data_tokenizer, optional
 
 BATCH_TOKENS = 1 << 13  # per forward pass
 
@@ -37,32 +38,17 @@ BATCH_TOKENS = 1 << 13  # per forward pass
 
 def load_runs(paths, data_dir):
     """[(config, parameters)] of finished runs that can be compared, and their data set.  Raises UserError."""
-    runs = []
-    for path in paths:
-        config, checkpoint = runtime.load_finished(path, ("reference", "proxy", "large"))
-        runs.append((config, checkpoint["model"]))
+    runs = [runtime.load_finished(path, ("reference", "proxy", "large")) for path in paths]
+    runs = [(config, checkpoint["model"]) for config, checkpoint in runs]
+    check_same(paths, [{"block_size": config["model"]["block_size"]} for config, _ in runs], "evaluate one by one")
     dataset = load_dataset(data_dir or runs[0][0]["data"]["data_dir"], runs[0][0]["model"]["block_size"])
     for path, (config, _) in zip(paths, runs):
         if config["data"]["tokenizer_sha256"] != dataset.meta["tokenizer_sha256"]:
-            raise UserError(f"{path} was trained with the tokenizer {shown(config['data']['tokenizer'])}, but "
+            raise UserError(f"{path} was trained with the tokenizer {config['data']['tokenizer']}, but "
                             f"{dataset.directory} was made with another; prepare the text with the run's tokenizer")
-        if (T := config["model"]["block_size"]) != dataset.block_size:
-            raise UserError(f"{path}: block_size is {T}, in {paths[0]} it is {dataset.block_size}; evaluate one by one")
         if not data_dir:
             dataset.check_same_data(path, config)
     return runs, dataset
-
-
-def data_tokenizer(dataset):
-    """The Tokenizer that a data set was made with.  Raises UserError."""
-    files = [str(path) for path in Path(dataset.directory).glob("tokenizer.*")]
-    spec, eot = files[0] if files else dataset.meta["tokenizer"], None
-    if spec.endswith(".json"):
-        eot = optional("tokenizers", spec).Tokenizer.from_file(spec).id_to_token(dataset.meta["eot_token"])
-    tokenizer = load_tokenizer(spec, eot)
-    if tokenizer.sha256 != dataset.meta["tokenizer_sha256"]:
-        raise UserError(f"{spec} is not the tokenizer that {dataset.directory} was made with; put that one back")
-    return tokenizer
 
 
 def read_task(name):
@@ -99,16 +85,13 @@ def read_task_file(path):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             answers, gold = (row["choices"], row["gold"]) if "choices" in row else ([row["answer"]], 0)
-            if not all(isinstance(text, str) for text in (row["context"], *answers)) or "" in answers:
-                raise ValueError("a context or an answer is not a string, or an answer is empty")
-            "".join([row["context"], *answers]).encode()  # raises ValueError for half a surrogate pair
-            if type(gold) is not int or not 0 <= gold < len(answers) or len(answers) < 1 + ("choices" in row):
-                raise ValueError(f"gold is {shown(gold)}, not the place (from 0) of one of two or more choices")
+            "".join([row["context"], *answers]).encode()  # raises where one is not a string, or is half a character
+            if "" in answers or gold not in range(len(answers)):
+                raise ValueError("an answer is empty, or gold is not the place of a choice, from 0")
             items.append([(row["context"], answer, i == gold) for i, answer in enumerate(answers)])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"has no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
-        raise UserError(f'{path}, line {len(items) + 1}: {what}; each line must be {{"context", "answer"}} or '
-                        '{"context", "choices", "gold"}') from None
+        raise UserError(f'{path}, line {len(items) + 1}: {error!r}; expected {{"context", "answer"}} or {{"context", '
+                        '"choices", "gold"} on each line') from None
     if not items:
         raise UserError(f"{path} holds no items")
     return items
@@ -164,16 +147,13 @@ def score(model, part):
     bits = np.zeros(len(part.windows))
     todo = sorted(range(len(bits)), key=lambda i: len(part.windows[i][0]))
     while todo:
-        L = len(part.windows[todo[-1]][0])
-        batch = todo[-max(1, BATCH_TOKENS // L) :]
+        batch = todo[-max(1, BATCH_TOKENS // len(part.windows[todo[-1]][0])) :]
         del todo[-len(batch) :]
-        tokens = torch.zeros(len(batch), L, dtype=torch.int64)  # filled up on the right, where no answer can see it
-        scored = torch.zeros(len(batch), L - 1)
-        for row, (ids, n) in enumerate(part.windows[i] for i in batch):
-            tokens[row, : len(ids)] = torch.tensor(np.asarray(ids, dtype=np.int64))
-            scored[row, len(ids) - 1 - n : len(ids) - 1] = 1
-        losses = model(tokens.to(model.rotary.device)).cpu()  # (b, L - 1) nats
-        bits[batch] = (losses.double() * scored).sum(dim=1) / math.log(2)
+        ids = [torch.as_tensor(np.asarray(part.windows[i][0], dtype=np.int64)) for i in batch]
+        tokens = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # on the right, where no answer can see it
+        losses = model(tokens.to(model.rotary.device)).double().cpu()  # (b, L - 1) nats
+        for i, row, loss in zip(batch, ids, losses):
+            bits[i] = loss[len(row) - 1 - part.windows[i][1] : len(row) - 1].sum() / math.log(2)
     return np.bincount(part.owner, bits, len(part.size))
 
 
@@ -187,9 +167,9 @@ def ratio(bits, size):
 def summarize(part, bits, baseline):
     """What is recorded of a part under one run.  bits, baseline: (answers,) of this run and of the first one."""
     gold = [right for right, _ in part.items]
-    names, values = ["bpb", "bpb_error"], ratio(bits[gold], part.size[gold])
-    names, values = [*names, "change", "change_error"], [*values, *ratio((bits - baseline)[gold], part.size[gold])]
-    summary = {"items": len(gold), **dict(zip(names, values))}
+    value, change = ratio(bits[gold], part.size[gold]), ratio((bits - baseline)[gold], part.size[gold])
+    summary = {"items": len(gold), "bpb": value[0], "bpb_error": value[1], "change": change[0],
+               "change_error": change[1]}
     if any(wrong for _, wrong in part.items):
         per_byte = bits / part.size  # the choice with the fewest bits per byte is the model's; a tie counts as wrong
         hits = [all(per_byte[right] < per_byte[i] for i in wrong) for right, wrong in part.items]
@@ -225,27 +205,21 @@ def finding(name, baseline, result):
     return f"{name} against {baseline}: {'; '.join(counts)}"
 
 
+@matplotlib.rc_context(STYLE)
 def draw(names, results):
     """Each part's change of bits per byte against the first run, or the bits per byte of a single run."""
-    value, label = ("change", "change of bits per byte") if len(names) > 1 else ("bpb", "bits per byte")
-    runs = list(zip(names, results, STYLES))[len(names) > 1 :]
-    figure = Figure(figsize=(7 * len(results[0]), 2 + 0.3 * max(map(len, results[0].values()))), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(results[0]), squeeze=False)[0], results[0]):
+    value, label, first = ("change", "change of bits per byte", 1) if len(names) > 1 else ("bpb", "bits per byte", 0)
+    kinds = results[0].keys()
+    figure = Figure(figsize=(7 * len(kinds), 2 + 0.3 * max(map(len, results[0].values()))), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
         order = sorted(results[-1][kind], key=lambda part: results[-1][kind][part][value])
-        offsets = np.linspace(-0.4, 0.4, len(runs) + 2)[1:-1]
-        for offset, (name, result, (colour, marker, _)) in zip(offsets, runs):
-            values, errors = ([result[kind][part][key] for part in order] for key in (value, f"{value}_error"))
-            axes.errorbar(values, np.arange(len(order)) + offset, xerr=errors, fmt=marker, color=colour, markersize=5,
-                          capsize=2, label=name)
-        if len(names) > 1:
-            axes.axvline(0, color=GREY, linewidth=1)
-        axes.set_yticks(range(len(order)), order, fontsize=9)
-        axes.set(xlabel=label, ylim=(len(order) - 0.5, -0.5))
-        axes.set_title(f"{kind}; left of 0: better than {names[0]}" if len(names) > 1 else kind, fontsize=10)
-        axes.grid(True, axis="x", color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    if len(runs) > 1:
-        axes.legend(fontsize=9, frameon=False)
+        draw_rows(axes, order, [
+            (name, *([result[kind][part][key] for part in order] for key in (value, f"{value}_error")), look)
+            for name, result, look in list(zip(names, results, looks(len(names))))[first:]])
+        axes.set(xlabel=label, title=f"{kind}; left of 0: better than {names[0]}" if first else kind)
+        if first:
+            axes.axvline(0, color="0.45", linewidth=1)
+            axes.legend()
     return figure
 
 
@@ -278,12 +252,10 @@ def main(argv=None):
     results, baseline = [], {}
     for config, parameters in runs:
         model = Transformer.load(config, parameters, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
-        result = {}
+        results.append(result := {kind: {} for kind, _ in parts})
         for (kind, name), part in parts.items():
             bits = score(model, part)
-            first = baseline.setdefault((kind, name), bits)
-            result.setdefault(kind, {})[name] = summarize(part, bits, first)
-        results.append(result)
+            result[kind][name] = summarize(part, bits, baseline.setdefault((kind, name), bits))
 
     findings = [finding(name, names[0], result) for name, result in zip(names[1:], results[1:])]
     print("\n".join([*table(names, results), *findings]))
@@ -291,11 +263,9 @@ def main(argv=None):
         line = {"baseline": str(args.runs[0]), "data_dir": dataset.directory, **result}
         log = path / "evaluation.jsonl"
         runtime.write_atomically(log, (log.read_text() if log.exists() else "") + json.dumps(line) + "\n")
-    figure, picture = draw(names, results), args.runs[-1] / "evaluation.png"
-    add_titles(figure, findings[-1] if findings else f"{names[0]} on {' and '.join(results[0])}",
-               f"{dataset.directory}, tokenizer {dataset.meta['tokenizer']}; bars: one standard error")
-    runtime.write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=150))
-    print(f"written: {picture}")
+    publish(draw(names, results), findings[-1] if findings else f"{names[0]} on {' and '.join(results[0])}",
+            f"{dataset.directory}, tokenizer {dataset.meta['tokenizer']}; bars: one standard error",
+            args.runs[-1] / "evaluation.png", args.runs[-1])
 
 
 if __name__ == "__main__":

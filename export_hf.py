@@ -13,16 +13,14 @@ it knows tokenizers by their hash.
 import json
 from pathlib import Path
 
-import tiktoken
 import torch
 
 import cli
-import runtime
 from cli import UserError
-from evaluate import data_tokenizer, load_runs
+from evaluate import load_runs
 from model import Transformer
 from prepare import staged
-from tokenizer import EOT, PATTERN, parse_ranks
+from tokenizer import EOT, data_tokenizer
 
 try:
     import tokenizers
@@ -87,18 +85,12 @@ def from_ranks(ranks, pattern, eot):
 def hf_tokenizer(dataset):
     """The data set's tokenizer as a tokenizers.Tokenizer, and the name of its end-of-text token, which comes first."""
     tokenizer, eot = data_tokenizer(dataset), dataset.meta["eot_token"]
-    kind = tokenizer.file[0] if tokenizer.file else tokenizer.name
-    if kind == "tokenizer.json":
+    if tokenizer.encoding:
+        made = from_ranks(tokenizer.encoding._mergeable_ranks, tokenizer.encoding._pat_str, eot)
+    else:
         made = tokenizers.Tokenizer.from_buffer(tokenizer.file[1])
         made.no_truncation()
         made.no_padding()
-    elif kind == "tokenizer.tiktoken":
-        made = from_ranks(parse_ranks(f"{dataset.directory}/{kind}"), PATTERN, eot)
-    elif kind == "bytes":
-        made = from_ranks({bytes([byte]): byte for byte in range(256)}, PATTERN, eot)
-    else:
-        encoding = tiktoken.get_encoding(kind)
-        made = from_ranks(encoding._mergeable_ranks, encoding._pat_str, eot)
     name = made.id_to_token(eot)
     made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
     made.post_processor = tokenizers.processors.TemplateProcessing(
@@ -117,12 +109,12 @@ def main(argv=None):
     [(config, parameters)], dataset = load_runs([args.run], args.data_dir)
     model = Transformer.load(config, parameters, torch.float32)
     tokenizer, eot = hf_tokenizer(dataset)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
-                "model_max_length": config["model"]["block_size"], "clean_up_tokenization_spaces": False}
+    files = {"config.json": llama_config(config["model"], dataset.meta["eot_token"]), "tokenizer_config.json": {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
+        "model_max_length": config["model"]["block_size"], "clean_up_tokenization_spaces": False}}
     with staged(args.out_dir) as folder:
-        for name, values in (("config.json", llama_config(config["model"], dataset.meta["eot_token"])),
-                             ("tokenizer_config.json", settings)):
-            runtime.write_atomically(folder / name, json.dumps(values, indent=2) + "\n")
+        for name, values in files.items():
+            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
         save_file(llama_parameters(model), folder / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(str(folder / "tokenizer.json"))
     print(f"written: {args.out_dir}, {config['n_params']:,} parameters")

@@ -42,10 +42,8 @@ class Source(NamedTuple):
 
 def find_domains(root):
     """Return {domain: paths}, sorted."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such directory; INPUT is a directory with one entry per domain")
     domains = {}
-    for entry in sorted(root.iterdir()):
+    for entry in sorted(root.glob("*")):
         if entry.name.startswith(".") or ABOUT.match(entry.name) or entry.suffix in BESIDE:
             continue
         paths = [path for path in sorted(entry.iterdir()) if path.suffix in KINDS] if entry.is_dir() else [entry]
@@ -56,7 +54,7 @@ def find_domains(root):
             raise UserError(f"domain {name!r}: has two entries, {domains[name][0]} and {paths[0]}; rename one")
         domains[name] = paths
     if not domains:
-        raise UserError(f"{root}: holds no domain; expected {', '.join(KINDS)} or a folder for each")
+        raise UserError(f"{root}: no such directory, or it holds no domain: {', '.join(KINDS)}, or a folder of such")
     return domains
 
 
@@ -71,8 +69,8 @@ def inspect(path, vocab_size):
         with open(index, "rb") as file:
             magic, version, code, sequences, _ = struct.unpack("<9sQBQQ", file.read(34).ljust(34, b"\0"))
             if magic != b"MMIDIDX\0\0" or version != 1 or code not in (4, 8):
-                raise UserError(f"{index}: not a Megatron index of version 1 with int32 or uint16 ids; its first bytes "
-                                f"are {magic}, version {version}, dtype {code}; write it again with preprocess_data.py")
+                raise UserError(f"{index}: not a Megatron index of version 1 with int32 or uint16 ids: its first bytes "
+                                f"are {magic}, version {version}, dtype {code}")
             expected = int(np.fromfile(file, "<i4", sequences).sum(dtype=np.int64))
         dtype = np.dtype("<u2" if code == 8 else "<u4")  # ids are not negative, so int32 reads as uint32
     elif ends.exists():
@@ -81,9 +79,8 @@ def inspect(path, vocab_size):
     elif size >= 1024 and tuple((header := np.fromfile(path, "<i4", 3).tolist())[:2]) in HEADERS:
         dtype, offset, expected = np.dtype(HEADERS[tuple(header[:2])]), 1024, header[2]
     if size % dtype.itemsize or (expected is not None and size != offset + expected * dtype.itemsize):
-        wanted = "whole tokens" if expected is None else f"{expected:,} tokens"
-        raise UserError(f"{path}: has {size:,} bytes, which is not {wanted} of {dtype.itemsize} bytes each; it is cut "
-                        "short, or its index belongs to another file")
+        raise UserError(f"{path}: {size:,} bytes are not {f'{expected:,}' if expected else 'whole'} tokens of "
+                        f"{dtype.itemsize} bytes; it is cut short, or its index belongs to another file")
     return Source(path, dtype, offset)
 
 
@@ -99,13 +96,9 @@ def read_blocks(source, eot):
     """Yield the ids of a source, (n,) integers at a time."""
     if source.dtype is None:
         lengths_of = optional("pyarrow.compute", source.path).list_value_length
-        try:
-            file = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{source.path}: cannot be read: {error}") from None
+        file = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
         if "input_ids" not in file.schema_arrow.names:
-            raise UserError(f"{source.path}: has no column input_ids, only {', '.join(file.schema_arrow.names)}; "
-                            "for text use prepare.py")
+            raise UserError(f"{source.path}: has no column input_ids; for text use prepare.py")
         for batch in file.iter_batches(1024, columns=["input_ids"]):
             ids, lengths = batch.column(0).flatten().to_numpy(), lengths_of(batch.column(0)).to_numpy()
             # Rows without any end-of-text token are documents; other rows were packed
@@ -130,14 +123,13 @@ def check_ids(ids, tokenizer, path):
 def link_domain(domain, sources, folder, tokenizer, dtype, val_tokens):
     """Make one domain's train.bin and val.bin; returns its entry in meta.json."""
     folder.mkdir()
-    train, path, eot = folder / "train.bin", sources[0].path, tokenizer.eot
-    given = sources[1] if is_pair(sources) else None
-    linked = linkable(sources)
+    train, path, eot, linked = folder / "train.bin", sources[0].path, tokenizer.eot, linkable(sources)
+    *sources, given = sources if is_pair(sources) else [*sources, None]
     if linked:
         train.symlink_to(path.resolve())
     else:
         with open(train, "wb") as file:
-            for block in (block for source in sources[: 1 if given else None] for block in read_blocks(source, eot)):
+            for block in (block for source in sources for block in read_blocks(source, eot)):
                 check_ids(block.astype("<u4"), tokenizer, path)  # before a narrower type could wrap them around
                 file.write(block.astype(dtype).data)
     size = train.stat().st_size
@@ -147,25 +139,24 @@ def link_domain(domain, sources, folder, tokenizer, dtype, val_tokens):
     if given:
         end, val = len(ids), np.concatenate(list(read_blocks(given, eot))).astype(dtype)
     else:
-        end = len(ids) - max(1, min(val_tokens, len(ids) // 20))
-        check_ids(ids[end:], tokenizer, path)
-        starts = end + np.flatnonzero(ids[end:-1] == eot)
-        if not len(starts):
-            raise UserError(f"{path}: no document begins in its last {len(ids) - end:,} tokens: none is end of text, "
+        tail = len(ids) - max(1, min(val_tokens, len(ids) // 20))
+        check_ids(ids[tail:], tokenizer, path)
+        end = next((tail + int(i) for i in np.flatnonzero(ids[tail:-1] == eot)), None)
+        if end is None:
+            raise UserError(f"{path}: no document begins in its last {len(ids) - tail:,} tokens: none is end of text, "
                             f"id {eot}; check --tokenizer, give more data, or raise --val_tokens")
-        end, val = int(starts[0]), np.array(ids[starts[0] :])
-    documents = [check_ids(part, tokenizer, path) for part in (ids[:end], val)]
+        val = np.array(ids[end:])
+    entry = {"train_tokens": end, "val_tokens": len(val), "train_documents": check_ids(ids[:end], tokenizer, path),
+             "val_documents": check_ids(val, tokenizer, path), "train_bytes": None}  # fmt: skip
     val.tofile(folder / "val.bin")
     if not linked:
         with open(train, "r+b") as file:
             file.truncate(end * dtype.itemsize)
     try:
         texts = (part[part != eot].tolist() for part in np.split(val, np.flatnonzero(val == eot)))
-        val_bytes = sum(len(tokenizer.decode(text)) for text in texts)
+        entry["val_bytes"] = sum(len(tokenizer.decode(text)) for text in texts)
     except KeyError as error:
         raise UserError(f"{path}: holds id {error}, which {tokenizer.name} lacks; check --tokenizer") from None
-    entry = {"train_tokens": end, "val_tokens": len(val), "train_documents": documents[0],
-             "val_documents": documents[1], "train_bytes": None, "val_bytes": val_bytes}  # fmt: skip
     return entry | ({"train_file_bytes": size} if linked else {})
 
 

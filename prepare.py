@@ -47,9 +47,8 @@ MARK = EOT.encode()  # between the documents of a .txt file
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
 ABOUT = re.compile(r"(?i)(readme|licen[cs]es?|notice|copying|citation|changelog)(\.(txt|md|rst|cff))?$")
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
-GROUP = 1 << 18  # bytes of documents handed to a thread at once
+GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
 SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains
-BUFFER = 1 << 16  # bytes of a .bin file kept in memory; it is open only while it is appended to
 MOST_DOMAINS = 2000
 SIDES = ("train", "val")
 
@@ -238,24 +237,21 @@ def write_bins(documents, folder, tokenizer, dtype, val_fraction, workers):
 
     documents: (domain, bytes) pairs. Returns the "domains" of meta.json. At most 2 * workers groups are read ahead.
     """
-    domains, empty, buffers, waiting = {}, Counter(), defaultdict(bytearray), deque()
+    domains, empty, waiting = {}, Counter(), deque()
 
     def encode(group):
         return [(name, data, np.append(tokenizer.eot, tokenizer.encode(data)).astype(dtype)) for name, data in group]
 
     def write(future):
+        bins = defaultdict(list)
         for domain, data, ids in future.result():
             side = "val" if text_hash(data) < val_fraction else "train"
             for unit, count in ("tokens", len(ids)), ("documents", 1), ("bytes", len(data)):
                 domains[domain][f"{side}_{unit}"] += count
-            buffer = buffers[domain, side]
-            buffer += ids.tobytes()
-            if len(buffer) >= BUFFER:
-                append(domain, side)
-
-    def append(domain, side):
-        with open(folder / folder_name(domain) / f"{side}.bin", "ab") as file:
-            file.write(buffers.pop((domain, side)))
+            bins[domain, side].append(ids)
+        for (domain, side), parts in bins.items():  # open only while it is appended to: there may be many
+            with open(folder / folder_name(domain) / f"{side}.bin", "ab") as file:
+                file.write(np.concatenate(parts).data)
 
     with ThreadPoolExecutor(workers) as pool:
         group, size = [], 0
@@ -275,8 +271,6 @@ def write_bins(documents, folder, tokenizer, dtype, val_fraction, workers):
                 write(waiting.popleft())
         for future in (*waiting, pool.submit(encode, group)):
             write(future)
-    for domain, side in list(buffers):
-        append(domain, side)
     for domain, count in empty.items():
         print(f"{domain}: skipped {count:,} empty documents")
     for domain, entry in domains.items():

@@ -139,7 +139,7 @@ def sampling_weights(spec, dataset, planned_tokens):
     several of these joined by +, which stands for their mean.
     planned_tokens: of the whole run; only unimax needs it.  Raises UserError.
     """
-    if "+" in spec:
+    if "+" in spec and not Path(spec).is_file():
         return np.mean([sampling_weights(part, dataset, planned_tokens) for part in spec.split("+")], axis=0)
     counts, k = dataset.token_counts(), len(dataset.domains)
     kind, _, parameter = spec.partition(":")

@@ -33,6 +33,7 @@ class Tokenizer(NamedTuple):
     encode: Callable  # UTF-8 bytes -> token ids, (n,) integers
     decode: Callable  # list of token ids -> UTF-8 bytes
     file: tuple = ()  # name and contents of the file that goes beside the data
+    encoding: tiktoken.Encoding | None = None  # unless it is a tokenizer.json
 
 
 def load_tokenizer(spec, eot_token=None, sample=None):
@@ -51,11 +52,20 @@ def load_tokenizer(spec, eot_token=None, sample=None):
     except ValueError:  # tiktoken's
         known = ", ".join(["bytes", "train:N", "FILE.tiktoken", "FILE.json", *tiktoken.list_encoding_names()])
         raise UserError(f"--tokenizer={spec}: unknown; expected one of {known}") from None
-    except OSError as error:
-        if spec.endswith((".tiktoken", ".json")):
-            raise UserError(f"--tokenizer={spec}: cannot be read: {error.strerror}") from None
-        raise UserError(f"--tokenizer={spec}: tiktoken cannot fetch it ({type(error).__name__}); go online once, set "
-                        "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=train:4096") from None
+    except OSError as error:  # of a file, or of tiktoken's download
+        raise UserError(f"--tokenizer={spec}: cannot be read ({error.strerror or type(error).__name__}); without a "
+                        "network, set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
+
+
+def data_tokenizer(dataset):
+    """The Tokenizer that a data set was made with.  Raises UserError."""
+    spec, eot = str(next(Path(dataset.directory).glob("tokenizer.*"), dataset.meta["tokenizer"])), None
+    if spec.endswith(".json"):
+        eot = optional("tokenizers", spec).Tokenizer.from_file(spec).id_to_token(dataset.meta["eot_token"])
+    tokenizer = load_tokenizer(spec, eot)
+    if tokenizer.sha256 != dataset.meta["tokenizer_sha256"]:
+        raise UserError(f"{spec} is not the tokenizer that {dataset.directory} was made with; put that one back")
+    return tokenizer
 
 
 def train_ranks(spec, sample):
@@ -77,8 +87,7 @@ def parse_ranks(spec):
     except ValueError:
         ranks = {}
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise UserError(f"--tokenizer={spec}: not a .tiktoken file: lines of a base64 token and its rank, with "
-                        "ranks 0, 1, 2, ... and all single bytes among the tokens")
+        raise UserError(f"--tokenizer={spec}: not a .tiktoken file, with ranks 0, 1, 2, ... and all single bytes")
     return ranks
 
 
@@ -100,7 +109,8 @@ def from_tiktoken(encoding):
         spans = (data[a:b].decode() for a, b in pairwise((0, *cut(data, SPAN))))
         return np.concatenate([encoding.encode_to_numpy(span, disallowed_special=()) for span in spans])
 
-    return Tokenizer(encoding.name, sha256, encoding.n_vocab, encoding.eot_token, encode, encoding.decode_bytes)
+    return Tokenizer(encoding.name, sha256, encoding.n_vocab, encoding.eot_token, encode, encoding.decode_bytes,
+                     encoding=encoding)
 
 
 def from_json(spec, data, eot_token):
@@ -116,8 +126,7 @@ def from_json(spec, data, eot_token):
     ids = tokenizer.get_vocab()
     eot = next((name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids), None)
     if eot is None:
-        raise UserError(f"--tokenizer={spec}: has no token {eot_token or ', '.join(EOT_NAMES)}; name its end-of-text "
-                        "token with --eot_token")
+        raise UserError(f"--tokenizer={spec}: has no token {eot_token or ', '.join(EOT_NAMES)}; see --eot_token")
     return Tokenizer(
         Path(spec).name, hashlib.sha256(data + eot.encode()).hexdigest(), max(ids.values()) + 1, ids[eot],
         lambda data: np.array(tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.uint32),

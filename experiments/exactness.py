@@ -19,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import cli
 import runtime
+from average_weights import effective_domains, total_variation
 from model import Transformer
 from sampler import Sampler, domain_sums, load_dataset
 from train_doremi import update_alpha
@@ -68,36 +69,27 @@ def train_proxy(variant, reference, dataset, machine, args, seed):
 
 
 def distance(a, b):
-    """Total variation between the answers of two histories (T, K): the share of tokens drawn from another domain."""
-    return 0.5 * np.abs(a.mean(axis=0) - b.mean(axis=0)).sum()
-
-
-def effective(weights):
-    """exp(entropy) of weights (..., K): on how many domains they rest."""
-    return np.exp(-(weights * np.log(np.maximum(weights, 1e-300))).sum(axis=-1))
+    """Total variation between the answers of two histories (T, K)."""
+    return total_variation(a.mean(axis=0), b.mean(axis=0))
 
 
 def draw(domains, alphas, setting):
     """A panel per variant: alpha over the steps, and at the right edge its average, the answer."""
     figure = Figure(figsize=(13, 5.2), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
-    for panel, variant in zip(axes, VARIANTS):
-        alpha = alphas[variant]
-        for i, name in enumerate(domains):
-            style = {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]}
-            panel.plot(np.arange(1, len(alpha) + 1), alpha[:, i], linewidth=0.7, **style)
-            panel.plot(len(alpha) * 1.03, alpha[:, i].mean(), "o", color=style["color"], markersize=4, clip_on=False)
-            panel.plot([], [], label=name if panel is axes[0] else None, **style)
-        away = "" if variant == "exact" else f": {distance(alpha, alphas['exact']):.3f} away"
-        panel.set(title=f"{variant}{away}", yscale="log", ylim=(1e-4, 1))
-    for panel in axes[3:]:
-        panel.set_xlabel("step")
-    for panel in axes[::3]:
-        panel.set_ylabel("alpha")
+    away = {variant: distance(alphas[variant], alphas["exact"]) for variant in VARIANTS}
+    for panel, variant in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, VARIANTS):
+        T = len(alphas[variant])
+        for i, (name, alpha) in enumerate(zip(domains, alphas[variant].T)):
+            style = {"color": f"C{i}", "label": name if variant == "exact" else None}
+            panel.plot(range(1, T + 1), alpha, ["-", "--", ":"][i // 10 % 3], linewidth=0.7, **style)
+            panel.plot(T * 1.03, alpha.mean(), "o", color=f"C{i}", markersize=4, clip_on=False)
+        panel.set(title=f"{variant}: {away[variant]:.3f} away", yscale="log", ylim=(1e-4, 1))
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    worst = max(VARIANTS, key=lambda variant: distance(alphas[variant], alphas["exact"]))
-    figure.suptitle(f"The costliest departure is '{worst}': {distance(alphas[worst], alphas['exact']):.0%} of the "
-                    f"tokens would come from other domains\n{setting}", fontsize=11)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("alpha", fontsize=10)
+    worst = max(away, key=away.get)
+    figure.suptitle(f"The costliest departure is '{worst}': {away[worst]:.0%} of the tokens would come from other "
+                    f"domains\n{setting}", fontsize=11)
     return figure
 
 
@@ -127,8 +119,8 @@ def main():
     print("|---|---|---|---|---|")
     for variant, alpha in alphas.items():
         answer = alpha.mean(axis=0)
-        print(f"| {variant} | {distance(alpha, alphas['exact']):.3f} | {np.median(effective(alpha)):.1f} | "
-              f"{effective(answer):.1f} | {dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
+        print(f"| {variant} | {distance(alpha, alphas['exact']):.3f} | {np.median(effective_domains(alpha)):.1f} | "
+              f"{effective_domains(answer):.1f} | {dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
     setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
     runtime.write_atomically(args.out, lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
     print(f"written: {args.out}")

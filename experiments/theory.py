@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from model import ModelConfig, Transformer
 from sampler import load_dataset
 
-COLOURS = {"natural": "tab:blue", "uniform": "tab:green", "reversed": "tab:red"}
+LOOKS = {"natural": ("tab:blue", "o"), "uniform": ("tab:green", "s"), "reversed": ("tab:red", "^")}  # colour, marker
 
 
 # ---- the arithmetic: arrays in, numbers out
@@ -135,7 +135,7 @@ def report(results, figure=None):
     lines = read(results)
     lengths = sorted({line["steps"] for line in lines})
     runs = {(steps, name): [line for line in lines if (line["steps"], line["reference"]) == (steps, name)
-                            and "answer" in line] for steps in lengths for name in COLOURS}
+                            and "answer" in line] for steps in lengths for name in LOOKS}
     runs = {key: found for key, found in runs.items() if found}
 
     header("steps", "reference", "seeds", "answer to r", "last half to r", "last half to uniform",
@@ -155,7 +155,7 @@ def report(results, figure=None):
            "own b, without the largest tilt", "common b, without it", "own b, common b, r to alpha: TV")
     clouds = {}
     for steps in lengths:
-        found = [runs[steps, name] for name in COLOURS if (steps, name) in runs]
+        found = [runs[steps, name] for name in LOOKS if (steps, name) in runs]
         if len(found) < 2:
             continue
         r, disagreement = (np.array([np.mean([x[key] for x in group], axis=0) for group in found])
@@ -191,12 +191,12 @@ def report(results, figure=None):
 def draw(path, runs, clouds):
     """Three panels: distance from r over the length, alpha against r, the tilt against its prediction."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for name, colour in COLOURS.items():
+    for name, (colour, marker) in LOOKS.items():
         for key, style in (("answer", "-"), ("last_half", "--")):
             distance = {steps: [total_variation(x[key], x["r"]) for x in found]
                         for (steps, of), found in runs.items() if of == name}
-            left.plot(distance.keys(), [np.mean(d) for d in distance.values()], style, color=colour, marker="o",
-                      markersize=3, label=f"{name}, {key.replace('_', ' ')}")
+            left.plot(distance.keys(), [np.mean(d) for d in distance.values()], style, color=colour, marker=marker,
+                      markersize=4, label=f"{name}, {key.replace('_', ' ')}")
             left.fill_between(distance.keys(), *zip(*[(min(d), max(d)) for d in distance.values()]), color=colour,
                               alpha=0.2, linewidth=0)
     left.set(xscale="log", xlabel="steps", ylabel="total variation to the reference's weights r", ylim=(0, None),
@@ -207,10 +207,10 @@ def draw(path, runs, clouds):
     left.legend(fontsize=7)
     shown = max(clouds)
     r, alpha, foretold = clouds[shown]
-    for i, name in enumerate(name for name in COLOURS if (shown, name) in runs):
-        colour = COLOURS[name]
-        middle.loglog(r[i], alpha[i], ".", color=colour, label=f"reference: {name}")
-        right.plot(np.log(foretold[i] / r[i]), np.log(alpha[i] / r[i]), ".", color=colour)
+    for i, name in enumerate(name for name in LOOKS if (shown, name) in runs):
+        colour, marker = LOOKS[name]
+        middle.loglog(r[i], alpha[i], marker, color=colour, markersize=4, label=f"reference: {name}")
+        right.plot(np.log(foretold[i] / r[i]), np.log(alpha[i] / r[i]), marker, color=colour, markersize=4)
     middle.axline((0.05, 0.05), (0.1, 0.1), color="grey", linewidth=0.8)
     middle.set(xlabel="r", ylabel="alpha, mean of the last half", title=f"Each domain gets about r ({shown:,} steps)")
     for axis in (middle.xaxis, middle.yaxis):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, read_metrics, run_here
+from forked import run_forked
 
 import cli
 import runtime
@@ -105,3 +106,6 @@ def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
     for line in read_metrics(out):
         for value in (line.get("loss"), *line.get("alpha", {}).values(), *line.get("val_loss", {}).values()):
             assert value is None or json.dumps(value).encode() in logged
+    run_forked("average_weights.py", out)  # in its own process: in one, wandb may lose a run that comes again
+    (answer,) = {*out.glob("wandb/offline-run-*/*.wandb")} - {*files}
+    assert answer.name == files[0].name and b"answer/rich" in answer.read_bytes()  # run-ID.wandb
