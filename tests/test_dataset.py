@@ -88,14 +88,27 @@ def test_evaluation_windows_are_spread_and_dealt_evenly(numbered, n_windows, bat
         assert taken[0] == 0 and len(taken) == min(n, n_windows or n) and gaps.max() - gaps.min() <= 1
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (3, 5), (20, 1)])
-def test_held_out_loss(numbered, world_size, batch_size):
-    """With the target's id as its loss, all n windows of domain i have mean 10,000 i + 5,000 + (1 + 8 n) / 2.  Ranks
-    are asked one after the other; the last one has the sums of all."""
+def mean_of_targets(dataset, n_windows, batch_size=4, world_size=1):
+    """held_out_loss where a token's loss is its id, over ranks that are asked one after the other."""
     totals = []
     for rank in range(world_size):
         machine = SimpleNamespace(rank=rank, world_size=world_size, device="cpu", sum_dtype=torch.float64,
                                   all_reduce=lambda tensor: totals.append(tensor.clone()) or sum(totals))
-        with np.errstate(invalid="ignore"):  # a rank without windows of a domain
-            loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), numbered, 0, batch_size, machine)
-    assert loss.tolist() == [10_000 * i + 5_000 + (1 + 8 * n) / 2 for i, n in enumerate([5, 3, 9])]
+        with np.errstate(invalid="ignore"):  # a rank without windows of a domain, before the others are added
+            loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), dataset, n_windows, batch_size, machine)
+    return loss.tolist()
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (3, 5), (20, 1)])
+def test_held_out_loss(numbered, world_size, batch_size):
+    """All n windows of domain i have mean 10,000 i + 5,000 + (1 + 8 n) / 2."""
+    expected = [10_000 * i + 5_000 + (1 + 8 * n) / 2 for i, n in enumerate([5, 3, 9])]
+    assert mean_of_targets(numbered, 0, batch_size, world_size) == expected
+
+
+@pytest.mark.parametrize("n_windows", [2, 10, 0])
+def test_held_out_loss_sees_both_halves_of_a_file(tmp_path, n_windows):
+    """The first half of val.bin is 1 everywhere, the second 5: the mean is 3, however few windows are taken."""
+    val = [1] * 401 + [5] * 400  # 200 windows of 4 + 1 tokens
+    dataset = load_dataset(write_dataset(tmp_path / "data", {"halves": ([0] * 9, val), "ones": ([0] * 9, [1] * 9)}), 4)
+    assert mean_of_targets(dataset, n_windows) == [3.0, 1.0]

@@ -107,6 +107,16 @@ def test_tasks_of_ones_own(place, tmp_path):
     assert (tmp_path / "b" / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ties_are_wrong():
+    """The choice with the fewest bits per byte is the model's.  Two answers of one byte, four of four bytes."""
+    part = evaluate.Part([], np.array([]), np.array([1, 1, 4, 4, 4, 4]), [(1, [0]), (2, [3, 4, 5])])
+    bits = np.array([8.0, 8, 9, 9, 9, 9])
+    summary = evaluate.summarize(part, bits, bits)
+    assert summary["accuracy"] == 0 and summary["chance"] == (1 / 2 + 1 / 4) / 2
+    bits[1] -= 0.1  # the right answer of the first item
+    assert evaluate.summarize(part, bits, bits)["accuracy"] == 1 / 2
+
+
 @pytest.mark.parametrize("line", [
     '{"context": "a"', '{"context": "a"}', "[1]", '{"context": "a", "answer": ""}', '{"context": 1, "answer": "b"}',
     '{"context": "a", "answer": "\\ud800"}', '{"context": "a", "choices": ["b", "c"], "gold": 2}'])

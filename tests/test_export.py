@@ -1,7 +1,11 @@
-"""export_hf.py: the exported model's losses and token ids are the run's."""
+"""export_hf.py: the exported model's losses, text and token ids are the run's; lm-eval's figures are evaluate.py's."""
 
+import json
+import math
+import os
 import random
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -63,7 +67,7 @@ def check_ids(place, spec, name, texts):
     assert (exported.eos_token, exported.eos_token_id, exported.model_max_length) == (name, ours.eot, T)
 
 
-def test_losses_are_the_runs_own(place):
+def test_losses_and_greedy_text_are_the_runs_own(place):
     config, checkpoint = runtime.load_finished(place / "run", ("reference",))
     ours = Transformer.load(config, checkpoint["model"], torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32).eval()
@@ -73,6 +77,12 @@ def test_losses_are_the_runs_own(place):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         assert losses.shape == (len(tokens), T) and losses.std() > 0.1
         assert (losses - ours(tokens)).abs().max() < 1e-4
+        text = tokens[:2, :8]
+        for _ in range(8):  # the next token is the one of least loss
+            candidates = torch.cat([text.repeat_interleave(300, 0), torch.arange(300).repeat(2)[:, None]], dim=1)
+            text = torch.cat([text, ours(candidates)[:, -1].view(2, 300).argmin(dim=1)[:, None]], dim=1)
+    found = theirs.generate(tokens[:2, :8], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(found, text)
 
 
 def test_ids_are_the_data_sets(place):
@@ -113,3 +123,46 @@ def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
     refused(place, [f"{place}/hf"], "export_hf.py", place / "run", place / "hf")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     refused(tmp_path, ["safetensors", "pip install"], "export_hf.py", place / "run", tmp_path / "new")
+
+
+TASK = """
+task: NAME
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: KIND
+doc_to_text: "{{context}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+metric_list: [{metric: METRIC}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("lm_eval"), reason="needs the command lm_eval: pip install lm_eval")
+def test_lm_eval_finds_the_same_bits_per_byte(place, tmp_path):
+    """A document is an answer without a context; lm-eval puts the end-of-text token before it by itself."""
+    documents = [prose(30, number) for number in range(40)]
+    words = [text.split(" ") for text in documents]
+    rows = {"documents": [{"context": "", "answer": text} for text in documents],
+            "answers": [{"context": " ".join(w[:4]), "answer": " " + " ".join(w[4:8])} for w in words]}
+    found = {}
+    for task, kind, metric, bos in (("documents", "loglikelihood_rolling", "bits_per_byte", False),
+                                    ("answers", "loglikelihood", "perplexity", True)):
+        data = tmp_path / f"{task}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
+        yaml = TASK.replace("NAME", task).replace("FILE", str(data)).replace("KIND", kind).replace("METRIC", metric)
+        (tmp_path / f"{task}.yaml").write_text(yaml)
+        model = f"pretrained={place / 'hf'},add_bos_token={bos}"
+        command = ["lm_eval", "--model", "hf", "--model_args", model, "--tasks", task, "--include_path", tmp_path,
+                   "--device", "cpu", "--output_path", tmp_path / task]
+        subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+        result, = (tmp_path / task).rglob("results*.json")
+        found[task] = json.loads(result.read_text())["results"][task][f"{metric},none"]
+    run_here("evaluate.py", place / "run", *(f"--task_file={tmp_path / task}.jsonl" for task in rows))
+    ours = json.loads((place / "run/evaluation.jsonl").read_text().splitlines()[-1])["tasks"]
+    size = np.mean([len(row["answer"].encode()) for row in rows["answers"]])
+    theirs = {"documents": found["documents"], "answers": math.log2(found["answers"]) / size}
+    print({task: (ours[task]["bpb"], theirs[task]) for task in rows})
+    for task in rows:
+        assert ours[task]["bpb"] == pytest.approx(theirs[task], rel=0.02)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,12 +103,36 @@ def test_hanging_rank_ends_the_job(tmp_path, start):
     assert status == {"0": "1", "1": "-9"}, output
 
 
-def test_two_nodes(tmp_path, start):
-    """Two launchers of two ranks each: the same alpha as one node of four ranks, and one rank, to rounding."""
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True).returncode == 0
+
+
+@pytest.fixture
+def two_nodes():
+    """Two network namespaces that see each other over a cable, and nothing else: ((name, address), ...)."""
+    names = [f"doremi{os.getpid()}{end}" for end in "ab"]
+    addresses = ["10.77.0.1", "10.77.0.2"]
+    if not shutil.which("ip") or not ip("netns", "add", names[0]):
+        pytest.skip("no right to make network namespaces")
+    try:
+        assert ip("netns", "add", names[1])
+        assert ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for name, address in zip(names, addresses):
+            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
+            assert ip("-n", name, "link", "set", "cable", "up") and ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, addresses))
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def test_two_nodes(tmp_path, start, two_nodes):
+    """Two nodes of two ranks each: the same alpha as one node of four, and one rank, to rounding."""
     flags = ["--max_steps=12", "--micro_batch_size=3"]
-    nodes = [start([*TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_id=test", "--rdzv_backend=c10d",
-                    "--rdzv_endpoint=127.0.0.1:29511", "--local_addr=127.0.0.1", f"--rdzv_conf=is_host={host}"],
-                   tmp_path / "two", *flags) for host in (1, 0)]
+    nodes = [start(["ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_id=test",
+                    "--rdzv_backend=c10d", f"--rdzv_endpoint={two_nodes[0][1]}:29511", f"--local_addr={address}",
+                    f"--rdzv_conf=is_host={int(node == 0)}"], tmp_path / "two", *flags,
+                   env={"GLOO_SOCKET_IFNAME": "cable"}) for node, (name, address) in enumerate(two_nodes)]
     for process in nodes:
         finish(process)
     finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=4"], tmp_path / "one", *flags))

@@ -5,13 +5,18 @@ but its timings. The short form kills at chosen points of the code (forked.arm),
 """
 
 import functools
+import os
 import random
+import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import TINY, read_metrics
+from conftest import ROOT, TINY, read_metrics
 from forked import Job, distance, run_forked
 
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
@@ -174,3 +179,32 @@ def test_random_kills(world, undisturbed, tmp_path, script, ranks, kills=12):
     print(f"\n{script} on {ranks} ranks, seed {seed}, killed at steps {reached}")
     run_forked(script, *flags, ranks=ranks)
     assert_same(left_by(tmp_path / "run"), expected)
+
+
+def test_a_stopped_stage_stops_the_shell_script(world, tmp_path):
+    """bash's set -e does not go on to the next stage."""
+    flags = [*script_flags("train_reference.py", world, "float32"), f"--out_dir={tmp_path}/run"]
+    command = shlex.join([sys.executable, str(ROOT / "train_reference.py"), *flags, "--max_steps=100000"])
+    shell = subprocess.Popen(["bash", "-c", f"set -e; {command}; echo next stage"], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while shell.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+    os.killpg(shell.pid, signal.SIGINT)  # Ctrl-C
+    output = shell.communicate(timeout=60)[0]
+    assert shell.returncode == 130 and "stopped" in output and "next stage" not in output
+    assert torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point, n", [(point, n) for point in ("flushed", "renamed", "bytes") for n in range(1, 10)
+                                      if not (point == "bytes" and n > 6)])
+@pytest.mark.parametrize("script", ["train_reference.py", "train_doremi.py"])
+def test_every_rename_and_every_file(world, undisturbed, tmp_path, script, point, n):
+    """Every file that a run writes: killed in the middle of it, before its rename, after its rename."""
+    if script == "train_reference.py" and n > (3 if point == "bytes" else 6):
+        pytest.skip("it writes no more files")
+    flags = [*script_flags(script, world, "float32"), f"--out_dir={tmp_path}/run"]
+    run_forked(script, *flags, kill=(point, n), status=-9)
+    run_forked(script, *flags, "--resume")
+    assert_same(left_by(tmp_path / "run"), undisturbed(script))

@@ -44,6 +44,7 @@ def test_gradients_are_summed_and_parameters_are_shared_out(train, ranks, nodes)
             assert gradient.abs().max() > 1e-5, name
             assert distance(found[name], gradient) < 1e-12, name
     assert distance(model_of(out), model_of(alone)) < 1e-12
+    assert {type(value) for value in model_of(out).values()} == {torch.Tensor}  # a checkpoint needs no ranks to be read
     held, total = [own["held"] for own in notes], expected[0]["held"]
     assert sum(held) == nodes * total and max(held) <= 1.1 * total * nodes / ranks  # rows do not always divide
 
@@ -77,7 +78,7 @@ def test_metrics_are_those_of_one_rank(train):
     (out, _), (alone, _) = train("--dtype=float64", "--micro_batch_size=1", ranks=3), train("--dtype=float64")
     for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
         for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-12), name
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-11, abs=1e-12), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

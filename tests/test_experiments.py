@@ -1,0 +1,70 @@
+"""The arithmetic with which the experiments are read."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import profit
+import theory
+
+
+def test_mixtures_deal_the_counts_out_in_reverse():
+    mixtures = theory.mixtures([10, 70, 20])
+    assert mixtures["natural"] == pytest.approx([0.1, 0.7, 0.2])
+    assert mixtures["reversed"] == pytest.approx([0.7, 0.1, 0.2])  # the smallest gets the largest's share
+    assert mixtures["up"] == pytest.approx([3 / 7, 1 / 7, 3 / 7])
+    assert mixtures["down"] == pytest.approx([1 / 5, 3 / 5, 1 / 5])
+
+
+def test_prediction_tilts_by_disagreement_and_sums_to_one():
+    r = np.array([0.5, 0.3, 0.2])
+    assert theory.predict(r, np.array([0.3, 0.3, 0.3]), np.array([0.2, 0.4, 0.1])) == pytest.approx(r)
+    alpha = theory.predict(r, np.array([0.2, 0.2, 0.4]), np.full(3, 0.5))  # equal slopes: exp(D / b), normalised
+    expected = r * np.exp(np.array([0.2, 0.2, 0.4]) / 0.5)
+    assert alpha == pytest.approx(expected / expected.sum())
+
+
+def test_slopes_are_those_of_the_lines():
+    log_weights = np.log([[0.1, 0.9], [0.3, 0.7], [0.6, 0.4]])
+    losses = np.array([3.0, 4.0]) - np.array([0.2, 0.5]) * log_weights
+    assert theory.own_slope(losses, np.exp(log_weights)) == pytest.approx([0.2, 0.5])
+    slope, r2 = theory.line_through_domains(log_weights, 1.4 * log_weights + np.array([1.0, -2.0]))
+    assert (slope, r2) == pytest.approx((1.4, 1.0))  # a constant of each domain does not count
+    assert theory.line_through_domains(np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [1.0], [0.0]]))[1] == 0
+
+
+def test_clipped_excess_is_the_mean_of_its_positive_part():
+    proxy, reference = np.array([[1.0, 2.0, 3.0, np.nan]]), np.array([[2.0, 1.0, 1.0, np.nan]])
+    assert theory.clipped_excess(proxy, reference) == pytest.approx([1.0])  # (0 + 1 + 2) / 3
+    assert theory.clipped_excess(reference, proxy) == pytest.approx([1 / 3])
+    assert theory.total_variation([0.5, 0.5, 0.0], [0.2, 0.5, 0.3]) == pytest.approx(0.3)
+
+
+def test_reversed_tilt_departs_the_other_way():
+    answer, r = np.array([0.4, 0.4, 0.2]), np.array([0.2, 0.4, 0.4])
+    assert profit.reversed_tilt(answer, r) == pytest.approx(np.array([0.1, 0.4, 0.8]) / 1.3)
+
+
+def test_tokens_to_reach_a_loss():
+    tokens, loss = np.array([100, 200, 300]), np.array([5.0, 4.0, 3.0])
+    assert profit.tokens_to_reach(tokens, loss, 3.5) == pytest.approx(250)
+    assert profit.tokens_to_reach(tokens, loss, 5.5) == 100
+    assert np.isnan(profit.tokens_to_reach(tokens, loss, 2.9))
+
+
+def test_distance_from_the_front():
+    front = np.array([[3.0, 4.0], [3.2, 3.8]])  # token-weighted, unweighted
+    assert profit.behind_front(front, (3.2, 3.9)) == pytest.approx(0.05, abs=1e-3)  # (3.15, 3.85) is better in both
+    assert profit.behind_front(front, (3.1, 3.85)) == pytest.approx(-0.025, abs=1e-3)
+    assert profit.behind_front(front, (2.9, 4.0)) == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_mixtures_of_the_profit():
+    counts = np.array([100.0, 900.0])
+    assert profit.mixture_weights("temperature-0.5", counts, None, 1) == pytest.approx([0.25, 0.75])
+    assert profit.mixture_weights("uniform", counts, None, 1) == pytest.approx([0.5, 0.5])
+    assert profit.mixture_weights("natural", counts, None, 1) == pytest.approx([0.1, 0.9])
+    assert profit.mixture_weights("uniform+natural", counts, None, 1) == pytest.approx([0.3, 0.7])
