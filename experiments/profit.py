@@ -155,21 +155,19 @@ def report(results, figure=None, title=""):
 
 def draw(path, points, title):
     """The plane of the two means, relative to natural: the temperatures' front, and everything else with error bars."""
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     centre = {mixture: delta.mean(axis=0) for mixture, delta in points.items()}
     front = np.array([centre[name] for name in FRONT if name in centre])
     axes.plot(front[:, 1], front[:, 0], color="grey", marker="o", label="temperatures, 1 (natural) to 0 (uniform)")
-    for mixture, delta in points.items():
-        if mixture in FRONT:
-            continue
+    for marker, mixture in zip("sD^vPX<", (name for name in points if name not in FRONT)):
+        delta = points[mixture]
         error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(3)
-        axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker="s", linestyle="",
+        axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker=marker, linestyle="",
                       label=LABELS[mixture])
     axes.axhline(0, color="lightgrey", zorder=0)
     axes.axvline(0, color="lightgrey", zorder=0)
-    axes.set_title(title, fontsize=11)
-    axes.set(xlabel="change of the token-weighted mean loss (nats), from natural",
-             ylabel="change of the unweighted mean loss (nats), from natural")
+    figure.suptitle(title, fontsize=11, wrap=True)
+    axes.set(xlabel="token-weighted mean loss (nats), change from natural", ylabel="mean loss (nats), change")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)
 
