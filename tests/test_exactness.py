@@ -28,11 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
 
 BATCH, STEPS = 24, 20
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "n_ffn": 24}
-FLAGS = [f"--batch_size={BATCH}", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
+# At twice this learning rate the runs amplify: in the case `many`, a float32 rounding of the initial parameters alone
+# moves the oracle's excess by 1e-4 in twenty steps.
+FLAGS = [f"--batch_size={BATCH}", "--learning_rate=0.01", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
          "--log_interval=1", "--no-compile"]
-# At 0.02 these runs amplify: in the case `many`, a float32 rounding of the initial parameters alone moves the oracle's
-# excess by 1e-4 in twenty steps. At 0.01 they do not, so float32 can be held to its own precision.
-LEARNING_RATE = {"float64": 0.02, "float32": 0.01}
 SAMPLING = {"even": "uniform", "skewed": "0.9,0.075,0.02,0.005", "many": "uniform"}
 NUMBERS = itertools.count()  # of runs: each has its directory
 
@@ -47,7 +46,7 @@ def world(tmp_path_factory):
         data = markov_dataset(directory / "data", [(f"domain{i}", 1500, n) for i, n in enumerate(successors)], 100, 5)
         run_forked("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
                    *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
-                   "--sampling_weights=uniform", f"--learning_rate={LEARNING_RATE[dtype]}",
+                   "--sampling_weights=uniform",
                    f"--lr_schedule={'exponential' if case == 'even' else 'cosine'}")
         return directory
 
@@ -65,7 +64,7 @@ def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **opt
     out = directory / f"proxy{next(NUMBERS)}"
     launch("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={out}", *FLAGS, "--seed=7",
            f"--max_steps={STEPS}", "--smoothing=0.01", f"--sampling_weights={SAMPLING[case]}",
-           f"--micro_batch_size={micro_batch_size}", "--grad_clip=0.8", ranks=ranks, **options)
+           f"--micro_batch_size={micro_batch_size}", "--grad_clip=2", ranks=ranks, **options)
     metrics = [line for line in read_metrics(out) if "loss" in line]
     alpha = read_alpha(out)
     assert len(alpha) == STEPS
@@ -78,7 +77,7 @@ def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **opt
 
 def run_oracle(directory, case, dtype):
     flags = json.loads((directory / "reference/config.json").read_text())["flags"]
-    flags |= {"seed": 7, "max_steps": STEPS, "step_size": 1.0, "smoothing": 0.01, "grad_clip": 0.8}
+    flags |= {"seed": 7, "max_steps": STEPS, "step_size": 1.0, "smoothing": 0.01, "grad_clip": 2.0}
     torch.manual_seed(7)
     with torch.device("meta"):
         model = Transformer(ModelConfig(vocab_size=VOCAB, **SHAPE), getattr(torch, dtype))
@@ -111,16 +110,15 @@ def test_run_is_the_oracles(world, truth, case, dtype, ranks, micro_batch_size, 
     deviations["gradients"] = max(map(distance, gradients, expected["gradients"]))
     print(f"\n{case}, {dtype}, {ranks} ranks of {micro_batch_size} at a time: {deviations}")
     if dtype == "float32":
-        assert max(deviations["alpha"], deviations["alpha_bar"], deviations["excess"]) < 2e-6
+        assert max(deviations["alpha"], deviations["alpha_bar"], 0.1 * deviations["excess"]) < 2e-6
         assert distance(gradients[0], expected["gradients"][0]) < 1e-6 * expected["grad_norm"][0]  # of 2 to 7
         return
-    assert deviations.pop("model") < 1e-10  # twenty steps of Adam amplify
     assert max(deviations.values()) < 1e-12
     assert found["logged_alpha"] == found["alpha"].tolist()  # metrics.jsonl says what the history says
 
     # The case is what it is meant to be: alpha moves, some steps are clipped and some are not, domains are absent
     assert np.abs(found["alpha"][-1] - found["alpha"][0]).max() > 0.02
-    assert min(found["grad_norm"]) < 0.8 < max(found["grad_norm"])
+    assert min(found["grad_norm"]) < 2 < max(found["grad_norm"])
     assert (expected["absent"] > STEPS) == (case != "even")
 
 
@@ -172,7 +170,7 @@ def test_uniform_alpha_is_ordinary_training(world):
     24 sequences of 4 domains: 6 of each, so the mean of the domains' means is the mean over all tokens.
     """
     directory = world("even", "float64")
-    common = [f"--data_dir={directory}/data", *FLAGS, "--learning_rate=0.02", "--max_steps=5", "--seed=3",
+    common = [f"--data_dir={directory}/data", *FLAGS, "--max_steps=5", "--seed=3",
               "--dtype=float64", "--sampling_weights=uniform", "--lr_schedule=cosine"]
     run_forked("train_reference.py", f"--out_dir={directory}/plain", *common,
                *(f"--{name}={value}" for name, value in SHAPE.items()))
