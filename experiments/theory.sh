@@ -6,7 +6,7 @@
 #
 # "up" and "down" are references alone: they measure how a domain's loss follows its own share.
 set -euo pipefail
-data=$1 out=$2 lengths=${3:-"200 400 1600 6400"} references=${4:-"natural uniform reversed up down"} seeds=${5:-"10 20 30"}
+data=$1 out=$2 lengths=${3:-"200 400 1600 6400"} references=${4:-"natural uniform reversed up down"} seeds=${5:-"10 20 30 40 50"}
 code=${CODE:-.} python=${PYTHON:-python}
 
 "$python" "$(dirname "$0")/theory.py" weights "$data" "$out"  # OUT_DIR/weights/{natural,uniform,reversed,up,down}.json
