@@ -95,6 +95,7 @@ def setup(args):
                                 timeout=datetime.timedelta(seconds=args.timeout))
     if device.type == "cpu":
         keep_freed_memory()
+        torch.use_deterministic_algorithms(True)  # a compiled model adds gradients up as its threads come, otherwise
     sum_dtype = torch.float32 if device.type == "mps" else torch.float64
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     return Machine(device, getattr(torch, args.dtype), sum_dtype, rank, world_size, local)
@@ -262,7 +263,7 @@ class Run:
         start = self.checkpoint["step"] if self.checkpoint else 0
         self.agree_on(start)
         self.seconds = self.checkpoint["seconds"] if self.checkpoint else 0.0
-        self.recorded = None  # (step, {name: tensor}) of the last step, still on the device
+        self.pending = []  # (step, {name: tensor}) since the last look, still on the device
         self.signal = 0  # that asked the run to stop
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.request_stop)
@@ -272,7 +273,10 @@ class Run:
             write_atomically(self.out_dir / "flags.txt", flag_lines(args))
             write_atomically(self.out_dir / "config.json", json.dumps(config, indent=2) + "\n")
             self.metrics = open_metrics(self.out_dir / "metrics.jsonl", start)
-            self.wandb = self.start_wandb(config) if args.wandb != "disabled" else None
+            self.wandb = None
+            if args.wandb != "disabled":
+                self.wandb = start_wandb(self.out_dir, args.wandb, self.checkpoint, name=self.out_dir.name,
+                                         job_type=self.stage, config=config)
             tqdm.write(f"{self.out_dir.name}: {config['n_params']:,} parameters, {args.max_steps:,} steps of "
                        f"{tokens_per_step:,} tokens on {machine.world_size} x {machine.device}, {args.dtype}, "
                        f"{'compiled' if args.compile else 'eager'}{f', after step {start}' if start else ''}")
@@ -324,17 +328,21 @@ class Run:
         return step % interval == 0 or step == self.args.max_steps
 
     def record(self, step, **tensors):
-        """Keep what has to be finite of the last step.  Nothing waits for it before the next log line."""
-        self.recorded = step, tensors
+        """Keep tensors that have to be finite on the device.  Nothing waits for them before the next log line."""
+        self.pending.append((step, tensors))
         self.progress.update()
 
     def check_finite(self):
-        """Raise UserError if the last step is not finite: what is not finite once spreads to all later steps."""
-        step, tensors = self.recorded
-        bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if bad:
-            raise UserError(f"step {step}: the {' and '.join(bad)} is not finite, perhaps since the last line of "
-                            "metrics; the step is not saved. Lower --learning_rate, or look at the data")
+        """Raise UserError at the first step since the last look that is not finite."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        finite = torch.stack([torch.stack([t.isfinite().all() for t in tensors.values()]) for _, tensors in pending])
+        for (step, tensors), row in zip(pending, finite.tolist()):
+            if not all(row):
+                bad = " and ".join(name for name, good in zip(tensors, row) if not good)
+                raise UserError(f"step {step}: the {bad} is not finite; the step is not saved. Lower --learning_rate, "
+                                "or look at the data of that step")
 
     def log(self, step, **values):
         """Append a line of this step's values and the speed since the last line.  values: numbers, tensors of one
@@ -358,8 +366,11 @@ class Run:
 
     def write(self, line):
         line = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in line.items()}
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        try:
+            self.metrics.write(json.dumps(line) + "\n")
+            self.metrics.flush()
+        except OSError as error:
+            raise UserError(f"{self.metrics.name} could not be written ({error}); choose another --out_dir") from None
         if self.wandb:
             self.wandb.log(slashed(line), step=line["step"])
 
@@ -375,14 +386,6 @@ class Run:
             write_atomically(self.out_dir / "ckpt.pt", lambda file: torch.save(checkpoint, file))
         self.mark = step, self.elapsed()
 
-    def start_wandb(self, config):
-        """Log to the project WANDB_PROJECT, else nanodoremi.  A resumed run continues its own curves."""
-        import wandb
-
-        return wandb.init(project=os.environ.get("WANDB_PROJECT", "nanodoremi"), name=self.out_dir.name,
-                          job_type=self.stage, dir=self.out_dir, mode=self.args.wandb, config=config, resume="allow",
-                          id=(self.checkpoint or {}).get("wandb_id"))
-
     def close(self, step):
         """Say how the run ended.  Exit with 128 + signal if it was stopped: that is not a finished run."""
         self.progress.close()
@@ -396,6 +399,14 @@ class Run:
         leave_ranks()
         if stopped:
             sys.exit(128 + self.signal)
+
+
+def start_wandb(out_dir, mode, checkpoint, **settings):
+    """Log to the project WANDB_PROJECT, else nanodoremi.  checkpoint: the run's, to continue its curves, or None."""
+    import wandb
+
+    return wandb.init(project=os.environ.get("WANDB_PROJECT", "nanodoremi"), dir=out_dir, mode=mode, resume="allow",
+                      id=(checkpoint or {}).get("wandb_id"), **settings)
 
 
 def slashed(line):
@@ -422,6 +433,14 @@ def identity(config):
         elif name not in ("flags", "versions", "device", "world_size"):
             flat[name] = value
     return flat
+
+
+def check_same(runs, found, remedy):
+    """Raise UserError where {name: value} of a run is not that of the first run.  found: of each run."""
+    for run, values in zip(runs, found):
+        for name in sorted(values.keys() | found[0].keys()):
+            if (here := values.get(name)) != (there := found[0].get(name)):
+                raise UserError(f"{run}: {name} is {shown(here)}, but {shown(there)} in {runs[0]}; {remedy}")
 
 
 def read_config(out_dir):
@@ -488,8 +507,8 @@ def write_atomically(path, content):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, RuntimeError):  # torch.save reports a full disk as one
-            raise UserError(f"{path} could not be written ({error}); is the disk full?") from None
+        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as the latter
+            raise UserError(f"{path} could not be written ({error}); choose another --out_dir") from None
         raise
 
 

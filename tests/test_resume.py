@@ -208,3 +208,13 @@ def test_every_rename_and_every_file(world, undisturbed, tmp_path, script, point
     run_forked(script, *flags, kill=(point, n), status=-9)
     run_forked(script, *flags, "--resume")
     assert_same(left_by(tmp_path / "run"), undisturbed(script))
+
+
+@pytest.mark.slow
+def test_compiled_runs_on_several_threads_repeat_to_the_bit(world, tmp_path):
+    """Threads of compiled code would otherwise add the embedding's gradient up in the order in which they come."""
+    flags = [*script_flags("train_reference.py", world, "float32"), "--compile", "--batch_size=96", "--max_steps=60"]
+    for name in "ab":
+        command = [sys.executable, ROOT / "train_reference.py", *flags, f"--out_dir={tmp_path}/{name}"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert_same(left_by(tmp_path / "a"), left_by(tmp_path / "b"))
