@@ -9,7 +9,6 @@ Dimensions: S seeds, T steps, K domains.
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +19,7 @@ from matplotlib.ticker import LogLocator
 
 import cli
 import runtime
-from cli import UserError, shown
+from cli import UserError
 
 BEFORE = {"color": "0.45", "marker": "o", "markerfacecolor": "white"}  # in every picture: the reference, the baseline
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "font.size": 9,
@@ -64,14 +63,6 @@ def search_cost(n_params, reference_tokens, proxy_tokens, large_params, large_to
 
 # ---- reading the runs ----
 
-def check_same(runs, found, remedy):
-    """Raise UserError where {name: value} of a run is not that of the first run.  found: of each run."""
-    for run, values in zip(runs, found):
-        for name in sorted(values.keys() | found[0].keys()):
-            if (here := values.get(name)) != (there := found[0].get(name)):
-                raise UserError(f"{run}: {name} is {shown(here)}, but {shown(there)} in {runs[0]}; {remedy}")
-
-
 def read_alpha(run, config):
     """alpha_1..alpha_T of a finished proxy run: (T, K) float64.  Raises UserError if the history is not whole."""
     steps, k = config["flags"]["max_steps"], len(config["domains"])
@@ -95,7 +86,7 @@ def read_seeds(runs):
     if configs[0]["stage"] != "proxy":
         raise UserError(f"{runs[0]} is a {configs[0]['stage']} run; expected a proxy run of train_doremi.py")
     of_a_seed = {name: None for name in ("seed", "reference.seed", "reference.fingerprint")}
-    check_same(runs, [runtime.identity(config) | of_a_seed for config in configs], "only the seed may differ")
+    runtime.check_same(runs, [runtime.identity(config) | of_a_seed for config in configs], "only the seed may differ")
     if len({(config["flags"]["seed"], config["reference"]["fingerprint"]) for config in configs}) < len(runs):
         raise UserError("two of the runs have the same seed and the same reference; give each seed once")
     return configs, np.stack([read_alpha(run, config) for run, config in zip(runs, configs)])
@@ -148,9 +139,7 @@ def publish(figure, finding, setting, path, run, **summary):
     if (mode := runtime.read_config(run)["flags"].get("wandb", "disabled")) != "disabled":
         import wandb
 
-        wandb_id = (runtime.load_checkpoint(run) or {}).get("wandb_id")
-        project = os.environ.get("WANDB_PROJECT", "nanodoremi")
-        with wandb.init(id=wandb_id, resume="allow", dir=run, mode=mode, project=project) as log:
+        with runtime.start_wandb(run, mode, runtime.load_checkpoint(run)) as log:
             log.log({path.stem: wandb.Image(str(path))})
             log.summary.update(summary)
 
@@ -193,8 +182,8 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a proxy run; several: seeds of one experiment")
     add("--out_dir", type=Path, help="where weights.json and weights.png go (default: the first run's directory)")
-    add("--large_tokens", type=cli.non_negative, help="tokens of the large run, to show the epochs (default: none)")
-    add("--large_params", type=cli.non_negative, help="parameters of the large model, to show the cost (default: none)")
+    add("--large_tokens", type=cli.non_negative, help="tokens of the large run, such as 1e11: adds epochs")
+    add("--large_params", type=cli.non_negative, help="its parameters, such as 8e9: adds the search's cost")
     args = parser.parse_args(argv)
     if args.large_params and not args.large_tokens:
         raise UserError("--large_params needs --large_tokens: the cost is a share of the whole large run")

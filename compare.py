@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import cli
 import runtime
-from average_weights import BEFORE, STYLE, align, check_same, draw_rows, publish, weight_axis
+from average_weights import BEFORE, STYLE, align, draw_rows, publish, weight_axis
 from cli import UserError
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
@@ -88,7 +88,7 @@ def read_groups(runs):
                  "eval_windows": config["flags"]["eval_windows"],
                  **{name: config["data"][name] for name in ("tokenizer_sha256", "vocab_size", "train_tokens")}}
                 for config in configs]
-    check_same(runs, held_out, "losses compare on the same held-out tokens only")
+    runtime.check_same(runs, held_out, "losses compare on the same held-out tokens only")
     for run, config in zip(runs, configs):
         experiment = json.dumps(runtime.identity(config) | {"seed": None}, sort_keys=True)
         members.setdefault(experiment, []).append((config["flags"]["seed"], run, config))

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 import cli
 import runtime
-from average_weights import STYLE, align, check_same, draw_rows, publish
+from average_weights import STYLE, align, draw_rows, publish
 from cli import UserError
 from compare import looks
 from model import Transformer
@@ -40,7 +40,8 @@ def load_runs(paths, data_dir):
     """[(config, parameters)] of finished runs that can be compared, and their data set.  Raises UserError."""
     runs = [runtime.load_finished(path, ("reference", "proxy", "large")) for path in paths]
     runs = [(config, checkpoint["model"]) for config, checkpoint in runs]
-    check_same(paths, [{"block_size": config["model"]["block_size"]} for config, _ in runs], "evaluate one by one")
+    sizes = [{"block_size": config["model"]["block_size"]} for config, _ in runs]
+    runtime.check_same(paths, sizes, "evaluate one by one")
     dataset = load_dataset(data_dir or runs[0][0]["data"]["data_dir"], runs[0][0]["model"]["block_size"])
     for path, (config, _) in zip(paths, runs):
         if config["data"]["tokenizer_sha256"] != dataset.meta["tokenizer_sha256"]:
@@ -84,10 +85,10 @@ def read_task_file(path):
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            answers, gold = (row["choices"], row["gold"]) if "choices" in row else ([row["answer"]], 0)
+            answers, gold, least = (row["choices"], row["gold"], 2) if "choices" in row else ([row["answer"]], 0, 1)
             "".join([row["context"], *answers]).encode()  # raises where one is not a string, or is half a character
-            if "" in answers or gold not in range(len(answers)):
-                raise ValueError("an answer is empty, or gold is not the place of a choice, from 0")
+            if "" in answers or len(answers) < least or type(gold) is not int or not 0 <= gold < len(answers):
+                raise ValueError("an answer is empty, or gold is not the place, from 0, of one of two or more choices")
             items.append([(row["context"], answer, i == gold) for i, answer in enumerate(answers)])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path}, line {len(items) + 1}: {error!r}; expected {{"context", "answer"}} or {{"context", '

@@ -96,7 +96,10 @@ def read_blocks(source, eot):
     """Yield the ids of a source, (n,) integers at a time."""
     if source.dtype is None:
         lengths_of = optional("pyarrow.compute", source.path).list_value_length
-        file = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
+        try:
+            file = optional("pyarrow.parquet", source.path).ParquetFile(source.path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source.path}: cannot be read: {error}") from None
         if "input_ids" not in file.schema_arrow.names:
             raise UserError(f"{source.path}: has no column input_ids; for text use prepare.py")
         for batch in file.iter_batches(1024, columns=["input_ids"]):

@@ -1,7 +1,9 @@
 """Bad input to the training scripts: exit status 2, one line that names the file or flag, nothing half-written."""
 
 import json
+import resource
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -165,6 +167,14 @@ def test_corrupt_checkpoint(tmp_path, world, spoil):
     reference_refused(tmp_path, world.data, "--resume", mentions=[f"{tmp_path}/out/ckpt.pt"])
 
 
+@pytest.mark.parametrize("rate, what, log_interval", [("1e30", "gradient", 1), ("1e300", "loss", 12)])
+def test_too_large_a_learning_rate(tmp_path, world, rate, what, log_interval):
+    """Found at the next line or checkpoint, and named by its own step; no checkpoint has it."""
+    flags = [f"--learning_rate={rate}", "--grad_clip=0", "--warmup_steps=0", f"--log_interval={log_interval}"]
+    left = reference_refused(tmp_path, world.data, *flags, mentions=["step 2", what, "not finite"], begun=True)
+    assert left == BEGUN and len(read_metrics(tmp_path / "out")) == (1 if log_interval == 1 else 0)
+
+
 def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
     """Step 6 has a gradient that is not finite: step 4's checkpoint is kept, and resumes."""
     calls, clip = [0], runtime.clip_gradients
@@ -182,3 +192,28 @@ def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
     run_here("train_doremi.py", *TRAINING, f"--reference={world.reference}", f"--out_dir={tmp_path}/out", "--resume")
     losses = [[line.get("loss") for line in read_metrics(run)] for run in (tmp_path / "out", world.proxy)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("file", ["flags.txt", "config.json", "ckpt.pt", "doremi_domain_weights_4.pt"])
+def test_full_disk(tmp_path, world, file):
+    """What a file is written to before it is renamed is led to /dev/full, where the kernel refuses every byte."""
+    (out := tmp_path / "out").mkdir()
+    (out / f".{file}.tmp").symlink_to("/dev/full")
+    flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={out}"]
+    result = run_here("train_doremi.py", *flags, status=2)
+    assert f"{out}/{file}" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert not (out / file).exists() and not list(out.glob(".*"))
+    run_here("train_doremi.py", *flags, "--resume")  # there is space again
+
+
+def test_full_disk_while_metrics_are_written(tmp_path, world):
+    """A file limit of 4 KB, as `ulimit -f` sets it, stands in for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        left = reference_refused(tmp_path, world.data, "--log_interval=1", "--save_interval=100", "--max_steps=100",
+                                 mentions=[f"{tmp_path}/out/metrics.jsonl"], begun=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left == BEGUN

@@ -200,6 +200,8 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
     (lambda folder: np.full(999, 7, "<u2").tofile(folder / "a.bin"), ["a.bin", "256"]),  # no end of text
     (lambda folder: (megatron(folder, "a"), datatrove(folder, "b", "<u4")), ["b.ds"]),  # two types
     (lambda folder: as_parquet(folder / "a.parquet", [{"text": "a"}]), ["a.parquet"]),
+    (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1"), ["a.parquet"]),
+    (lambda folder: (folder / "a.npy").write_bytes(b""), ["a.npy"]),
     (lambda folder: (folder / "a.bin").write_bytes(b""), ["a.bin"])])
 def test_bad_token_files(tmp_path, write, named):
     (tmp_path / "raw").mkdir()

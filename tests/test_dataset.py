@@ -1,4 +1,4 @@
-"""What the sampler reads: windows, mixtures, and evaluation windows. All of it is exact."""
+"""What the sampler reads: windows, mixtures, evaluation windows, and sums over domains. All of it is exact."""
 
 import json
 import warnings
@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, edit, write_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sampler import evaluation_batches, held_out_loss, load_dataset, sampling_weights
+from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
 
 
 @pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
@@ -112,3 +114,29 @@ def test_held_out_loss_sees_both_halves_of_a_file(tmp_path, n_windows):
     val = [1] * 401 + [5] * 400  # 200 windows of 4 + 1 tokens
     dataset = load_dataset(write_dataset(tmp_path / "data", {"halves": ([0] * 9, val), "ones": ([0] * 9, [1] * 9)}), 4)
     assert mean_of_targets(dataset, n_windows) == [3.0, 1.0]
+
+
+def test_domain_sums():
+    """Rows of domains 2, 0, 2 and a filling row (3 of 3 domains); domain 1 is absent."""
+    losses = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0], [64.0, 128.0]])
+    total, excess, count = domain_sums(torch.tensor([2, 0, 2, 3]), 3, torch.float64, losses, losses / 2)
+    assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
+    assert torch.equal(excess, total / 2) and total.dtype == torch.float64
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 11))
+def test_domain_sums_add_over_micro_batches(domain, cut):
+    losses, domain = torch.arange(len(domain) * 3.0).view(-1, 3), torch.tensor(domain)
+    whole, first, rest = (domain_sums(domain[part], 4, torch.float64, losses[part])
+                          for part in (slice(None), slice(cut), slice(cut, None)))
+    assert torch.equal(first + rest, whole)
+
+
+def test_bytes_per_token_and_record(numbered):
+    """conftest writes three bytes a token."""
+    assert numbered.bytes_per_token().tolist() == [3.0, 3.0, 3.0]
+    assert numbered.token_counts().tolist() == [57.0, 401.0, 185.0]
+    record = json.loads(json.dumps(numbered.describe(np.array([0.2, 0.5, 0.3]))))
+    assert record["sampling_weights"] == {"a": 0.2, "b": 0.5, "c": 0.3} and record["domains"] == ["a", "b", "c"]
+    assert record["data"]["train_tokens"] == {"a": 57, "b": 401, "c": 185}

@@ -119,7 +119,8 @@ def test_ties_are_wrong():
 
 @pytest.mark.parametrize("line", [
     '{"context": "a"', '{"context": "a"}', "[1]", '{"context": "a", "answer": ""}', '{"context": 1, "answer": "b"}',
-    '{"context": "a", "answer": "\\ud800"}', '{"context": "a", "choices": ["b", "c"], "gold": 2}'])
+    '{"context": "a", "answer": "\\ud800"}', '{"context": "a", "choices": ["b", "c"], "gold": 2}',
+    '{"context": "a", "choices": ["b", "c"], "gold": true}', '{"context": "a", "choices": ["b"], "gold": 0}'])
 def test_a_broken_line(place, line, tmp_path):
     (path := tmp_path / "task.jsonl").write_text(f'{{"context": "a", "answer": "b"}}\n{line}\n')
     refused(place, [f"{path}, line 2"], "evaluate.py", place / "a", f"--task_file={path}")

@@ -4,6 +4,8 @@ import base64
 import gzip
 import hashlib
 import json
+import lzma
+import os
 import resource
 import shutil
 import signal
@@ -145,6 +147,20 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (None, "nowhere", ["nowhere"]),
     (None, "raw/good.jsonl", ["raw/good.jsonl", "--domain_key"]),
     (("b.docx", b"x"), RAW, ["raw/b.docx"]),
+    (("good.jsonl.gz", b""), RAW, ["'good'", "good.jsonl and good.jsonl.gz"]),
+    (("b/x.py", b"abc\xff"), RAW, ["raw/b/x.py", "position 3"]),
+    (("b.jsonl", b"[" * 200_000), RAW, ["raw/b.jsonl, line 1"]),
+    (("b.jsonl", b"[1]\n"), RAW, ["raw/b.jsonl, line 1", "'text'"]),
+    (("b.jsonl", b'{"text": null}\n'), RAW, ["raw/b.jsonl, line 1", "NoneType"]),
+    (("b.jsonl.gz", b'{"text": "a"}\n'), RAW, ["raw/b.jsonl.gz"]),
+    (("b.jsonl.xz", lzma.compress(b" " * 99)[:50]), RAW, ["raw/b.jsonl.xz"]),
+    (("b.jsonl.xz", b"x"), RAW, ["raw/b.jsonl.xz"]),
+    (("b.jsonl.zst", b"x"), RAW, ["raw/b.jsonl.zst"]),
+    (("b.parquet", b"x"), RAW, ["raw/b.parquet"]),
+    (("b.jsonl", b'{"text": ""}\n' * 3), RAW, ["'b'", "none of its 0 documents"]),
+    (("b.txt", b""), RAW, ["raw/b.txt", "gives no document"]),
+    (("b.jsonl", b"\n"), RAW, ["raw/b.jsonl", "gives no document"]),
+    (("z.jsonl", b'{"text": "b"}\n' * 9), RAW + " --max_bytes=2", ["z.jsonl", "--max_bytes=2"]),
     (("b.txt", b"a " * 8000 + b"\xc3("), RAW, ["raw/b.txt, document 2"]),
     (("b.jsonl", b'{"text": "a"}\n\n{"text": \n'), RAW, ["raw/b.jsonl, line 3"]),
     (("b.jsonl", b'{"text": ""}\n{"text": "\xff"}'), RAW, ["raw/b.jsonl, line 2"]),
@@ -155,6 +171,18 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (("b.jsonl", b'{"text": "b"}\n' * 2), RAW, ["'b'", "val"]),
     (("b.jsonl", b'{"text": "a"}\n'), KEY, ["raw/b.jsonl, line 1", "'meta.set'"]),
     (("a.jsonl", b'{"text": "a", "meta": {"set": "../x"}}'), KEY, ["raw/a.jsonl", "'../x'"]),
+    (("a.jsonl", b'{"text": "a", "meta": {"set": 1.5}}'), KEY, ["raw/a.jsonl, line 1", "float"]),
+    (("a.jsonl", b'{"text": "a", "meta": {"set": ""}}'), KEY, ["raw/a.jsonl", "''"]),
+    (("a.jsonl", b'{"text": "a", "meta": {"set": "a\\n"}}'), KEY, ["raw/a.jsonl", "'a\\n'"]),
+    *((None, f"{RAW} {flag}", [flag.split("=")[0]]) for flag in (
+        "--val_fraction=1", "--val_fraction=0", "--val_fraction=nan", "--workers=0", "--out=x")),
+    (None, "raw --tokenizer=train:256", ["--tokenizer=train:256", "257"]),
+    (None, "raw --tokenizer=train:4k", ["--tokenizer=train:4k", "whole number"]),
+    (None, "raw --tokenizer=gpt9", ["--tokenizer=gpt9", "gpt2"]),
+    (None, "raw --tokenizer=x.tiktoken", ["x.tiktoken", "No such file"]),
+    (("../x.tiktoken", b"abc\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
+    (("../t.json", b"{}"), "raw --tokenizer=t.json", ["t.json", "not a tokenizer.json"]),
+    (None, RAW + " --out_dir=raw/good.jsonl/x", ["raw/good.jsonl"]),
     (None, "raw --tokenizer=train:60000", ["--tokenizer=train:60000"]),
     (("../x.tiktoken", b"YQ== 1\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
     (None, RAW + " --out_dir=raw", ["raw", "exists"]),
@@ -169,3 +197,35 @@ def test_bad_input(tmp_path, file, arguments, named):
         (tmp_path / "raw" / file[0]).write_bytes(file[1])
     refused(tmp_path / "raw", named, "prepare.py", *arguments.split(), cwd=tmp_path)
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_too_many_domains(tmp_path):
+    write_rows(tmp_path / "raw/ids.jsonl", [{"text": "a", "id": number} for number in range(2001)])
+    refused(tmp_path / "raw", ["--domain_key=id"], "prepare.py", "raw", "--domain_key=id", "--tokenizer=bytes",
+            cwd=tmp_path)
+    assert not list(tmp_path.glob("data/*"))
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("raw --tokenizer=gpt2", ["--tokenizer=gpt2", "TIKTOKEN_CACHE_DIR", "train:4096"]),
+    ("hf:nobody/nothing --tokenizer=bytes", ["hf:nobody/nothing: cannot be loaded"])])
+def test_no_network(tmp_path, flags, words):
+    write_texts(tmp_path / "raw/a.jsonl")
+    closed = dict.fromkeys(("HTTPS_PROXY", "https_proxy"), "http://127.0.0.1:9")
+    env = {**os.environ, **closed, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1",
+           "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, ROOT / "prepare.py", *flags.split()], env=env, cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
+    assert not list(tmp_path.glob("data/*"))
+
+
+@pytest.mark.parametrize("name, package", [("raw/b.parquet", "pyarrow"), ("raw/b.jsonl.zst", "pyarrow"),
+                                           ("t.json", "tokenizers")])
+def test_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    write_texts(tmp_path / "raw/a.jsonl")
+    (tmp_path / name).write_bytes(b"{}")
+    for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    refused(tmp_path / "raw", [f"needs the package {package}", "[hub]"], "prepare.py", "raw",
+            f"--tokenizer={'t.json' if name == 't.json' else 'bytes'}", cwd=tmp_path)
