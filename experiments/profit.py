@@ -18,13 +18,14 @@ LABELS = {
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
     "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
     "doremi-reversed": "DoReMi, reference on reversed",
-    "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-last-half": "DoReMi, last half",
+    "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-shuffled-tilt": "DoReMi, tilt shuffled",
+    "doremi-last-half": "DoReMi, last half",
     "doremi-1600": "DoReMi, 1,600 steps",
 }
 FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
 PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
-         ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-last-half"), ("doremi-uniform", "uniform"),
-         ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"))
+         ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-shuffled-tilt"), ("doremi", "doremi-last-half"),
+         ("doremi-uniform", "uniform"), ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"))
 
 
 # ---- the arithmetic: arrays in, numbers out
@@ -78,6 +79,8 @@ def mixture_weights(mixture, counts, theory, seed):
         weights = alpha[len(alpha) // 2 if power == "last-half" else 0 :].mean(axis=0)
         if power == "reversed-tilt":
             weights = reversed_tilt(weights, natural)
+        if power == "shuffled-tilt":  # tilts of the same sizes that know nothing of the domains
+            weights = natural * np.random.default_rng(seed).permutation(weights / natural)
     return weights / weights.sum()
 
 

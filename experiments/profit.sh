@@ -6,7 +6,7 @@
 set -euo pipefail
 data=$1 theory=$2 out=$3
 mixtures=${4:-"natural uniform temperature-0.3 temperature-0.5 temperature-0.7 uniform+natural doremi doremi-uniform doremi-reversed
-doremi-reversed-tilt doremi-last-half doremi-1600"} seeds=${5:-"10 20 30 40 50"} proxy_steps=${6:-6400}
+doremi-reversed-tilt doremi-shuffled-tilt doremi-last-half doremi-1600"} seeds=${5:-"10 20 30 40 50"} proxy_steps=${6:-6400}
 code=${CODE:-.} python=${PYTHON:-python}
 
 for seed in $seeds; do
