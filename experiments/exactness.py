@@ -105,6 +105,8 @@ def main():
     cli.add_machine_flags(parser, "unused")
     config, checkpoint = runtime.load_finished(parser.parse_args().reference, ("reference",))
     parser.set_defaults(**{name: config["flags"][name] for name in optimization})
+    if parser.parse_args().max_steps != config["flags"]["max_steps"]:
+        parser.set_defaults(warmup_steps=None)
     args = parser.parse_args()
     runtime.resolve_flags(args)
     machine, seeds = runtime.setup(args), [int(seed) for seed in args.seeds.split(",")]
@@ -115,12 +117,14 @@ def main():
     alphas = {variant: train_proxy(variant, reference, dataset, machine, args, seeds[0]) for variant in VARIANTS}
     alphas |= {f"exact, seed {seed}": train_proxy("exact", reference, dataset, machine, args, seed)
                for seed in seeds[1:]}
-    print("| variant | distance to exact | domains in alpha | domains in the answer | largest weight |")
-    print("|---|---|---|---|---|")
+    r = np.array([config["sampling_weights"][name] for name in dataset.domains])
+    columns = ("variant", "distance to exact", "last half to r", "domains in alpha", "in the answer", "largest weight")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for variant, alpha in alphas.items():
-        answer = alpha.mean(axis=0)
-        print(f"| {variant} | {distance(alpha, alphas['exact']):.3f} | {np.median(effective_domains(alpha)):.1f} | "
-              f"{effective_domains(answer):.1f} | {dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
+        answer, last_half = alpha.mean(axis=0), alpha[len(alpha) // 2 :].mean(axis=0)
+        print(f"| {variant} | {distance(alpha, alphas['exact']):.3f} | {total_variation(last_half, r):.3f} | "
+              f"{np.median(effective_domains(alpha)):.1f} | {effective_domains(answer):.1f} | "
+              f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
     setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
     runtime.write_atomically(args.out, lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
     print(f"written: {args.out}")

@@ -62,6 +62,15 @@ def predict(r, disagreement, slope):
     return alpha
 
 
+def shuffled_correlation(r, disagreement, slope, tilt, n=200):
+    """The formula without information: mean ± sd of its correlation with the tilt over n shuffles of D's domains."""
+    generator, found = np.random.default_rng(0), []
+    for order in (generator.permutation(r.shape[1]) for _ in range(n)):
+        alpha = np.array([predict(w, d[order], slope) for w, d in zip(r, disagreement)])
+        found.append(np.corrcoef(np.log(alpha / r).ravel(), tilt.ravel())[0, 1])
+    return f"{np.mean(found):.2f} ± {np.std(found):.2f}"
+
+
 def line_through_domains(x, y):
     """Slope and R2 of y on x, both (N, K), after each domain's mean is taken off."""
     x, y = x - x.mean(axis=0), y - y.mean(axis=0)
@@ -152,7 +161,8 @@ def report(results, figure=None):
 
     header("steps", "slope of log alpha on log r, R2", "tilts of two references, corr", "of two seeds, corr",
            "loss on own log share, R2", "predicted tilt, own b: R2, corr", "common b: R2, corr",
-           "own b, without the largest tilt", "common b, without it", "own b, common b, r to alpha: TV")
+           "own b, without the largest tilt", "common b, without it", "D shuffled, own b, common b: corr",
+           "own b, common b, r to alpha: TV")
     clouds = {}
     for steps in lengths:
         found = [runs[steps, name] for name in LOOKS if (steps, name) in runs]
@@ -171,18 +181,19 @@ def report(results, figure=None):
         b = own_slope(losses, weights)
         row = [f"{steps:,}", f"{slope:.2f}, {r2:.2f}", ", ".join(f"{x:.2f}" for x in between), f"{np.mean(repeat):.2f}",
                f"{line_through_domains(np.log(weights) * b, losses)[1]:.2f}"]
-        small, scores, distances = np.abs(tilt).mean(axis=0) < np.abs(tilt).mean(axis=0).max(), [], []
+        small, scores, distances, control = np.abs(tilt).mean(axis=0) < np.abs(tilt).mean(axis=0).max(), [], [], []
         for slopes in (b, np.full_like(b, np.median(b))):
             if slopes.min() <= 0:
                 scores.append(["b not above 0"] * 2)
                 continue
             foretold = np.array([predict(w, 2 * excess, slopes) for w, excess in zip(r, disagreement)])
+            control.append(shuffled_correlation(r, 2 * disagreement, slopes, tilt))
             clouds.setdefault(steps, (r, alpha, foretold))
             distances.append(total_variation(foretold, alpha).mean())
             both = [(np.log(foretold / r)[:, of].ravel(), tilt[:, of].ravel()) for of in (small | True, small)]
             scores.append([f"{explained(x, y):.2f}, {np.corrcoef(x, y)[0, 1]:.2f}" for x, y in both])
         distances.append(total_variation(r, alpha).mean())
-        print("| " + " | ".join([*row, scores[0][0], scores[1][0], scores[0][1], scores[1][1],
+        print("| " + " | ".join([*row, scores[0][0], scores[1][0], scores[0][1], scores[1][1], ", ".join(control),
                                  ", ".join(f"{x:.3f}" for x in distances)]) + " |")
     if figure:
         draw(figure, runs, clouds)
