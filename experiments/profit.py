@@ -100,6 +100,10 @@ def collect(out_dir, results):
                       "unweighted": np.round(losses.mean(axis=1), 5).tolist(),
                       "weighted": np.round(losses @ (counts / counts.sum()), 5).tolist(),
                       "loss": np.round(losses[-1], 5).tolist()})
+        if (evaluation := run / "evaluation.jsonl").exists():  # unseen text, and tasks
+            last = json.loads(evaluation.read_text().splitlines()[-1])
+            lines[-1] |= {key: {name: round(part["change"], 4) for name, part in last[kind].items()}
+                          for key, kind in (("unseen", "domains"), ("tasks", "tasks"))}
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -152,6 +156,16 @@ def report(results, figure=None, title=""):
             change = [spread([runs[one, seed][key][-1] - runs[other, seed][key][-1] for seed in both])
                       for key in ("unweighted", "weighted")]
             print(f"| {LABELS[one]}, minus {LABELS[other]} | {change[0]} | {change[1]} |")
+    print("\n| trained on | unseen domains better than natural, by seed | mean change, bits per byte "
+          "| tasks better, by seed | mean change |\n|" + " --- |" * 5)
+    for mixture in (name for name in LABELS if name != "natural"):
+        if here := [runs[mixture, seed] for seed in seeds if "unseen" in runs.get((mixture, seed), ())]:
+            cells = []
+            for key in ("unseen", "tasks"):
+                change = np.array([list(run[key].values()) for run in here])
+                cells += [", ".join(map(str, (change < 0).sum(axis=1))) + f" of {change.shape[1]}",
+                          spread(change.mean(axis=1))]
+            print(f"| {LABELS[mixture]} | {' | '.join(cells)} |")
     if figure:
         draw(figure, points, title)
 
