@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 import cli
 import runtime
@@ -251,12 +252,15 @@ def main(argv=None):
     names = [path.resolve().name for path in args.runs]
     names = names if len(set(names)) == len(names) else list(map(str, args.runs))
     results, baseline = [], {}
+    bar = tqdm(total=len(runs) * sum(len(part.windows) for part in parts.values()), unit="window", disable=None)
     for config, parameters in runs:
         model = Transformer.load(config, parameters, torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
         results.append(result := {kind: {} for kind, _ in parts})
         for (kind, name), part in parts.items():
             bits = score(model, part)
             result[kind][name] = summarize(part, bits, baseline.setdefault((kind, name), bits))
+            bar.update(len(part.windows))
+    bar.close()
 
     findings = [finding(name, names[0], result) for name, result in zip(names[1:], results[1:])]
     print("\n".join([*table(names, results), *findings]))
