@@ -37,8 +37,8 @@ def running_average(alpha):
 
 
 def total_variation(p, q):
-    """Half the sum of |p - q|: the share of the tokens that moves to another domain, 0 to 1."""
-    return 0.5 * float(np.abs(p - q).sum())
+    """Half the sum of |p - q|: the share of the tokens that moves to another domain, 0 to 1.  p, q: (..., K)."""
+    return 0.5 * np.abs(p - q).sum(axis=-1)
 
 
 def between_seeds(answers):

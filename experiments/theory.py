@@ -16,6 +16,7 @@ import torch
 from matplotlib.ticker import FixedLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from average_weights import total_variation
 from model import ModelConfig, Transformer
 from sampler import load_dataset
 
@@ -35,10 +36,6 @@ def mixtures(counts):
     up = np.where(np.arange(k) % 2 == 0, 3.0, 1.0)
     weights = {"natural": counts, "uniform": np.ones(k), "reversed": reverse, "up": up, "down": 4 - up}
     return {name: w / w.sum() for name, w in weights.items()}
-
-
-def total_variation(p, q):
-    return 0.5 * np.abs(np.asarray(p) - np.asarray(q)).sum(axis=-1)
 
 
 def clipped_excess(a, b):

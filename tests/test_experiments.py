@@ -40,7 +40,6 @@ def test_clipped_excess_is_the_mean_of_its_positive_part():
     proxy, reference = np.array([[1.0, 2.0, 3.0, np.nan]]), np.array([[2.0, 1.0, 1.0, np.nan]])
     assert theory.clipped_excess(proxy, reference) == pytest.approx([1.0])  # (0 + 1 + 2) / 3
     assert theory.clipped_excess(reference, proxy) == pytest.approx([1 / 3])
-    assert theory.total_variation([0.5, 0.5, 0.0], [0.2, 0.5, 0.3]) == pytest.approx(0.3)
 
 
 def test_reversed_tilt_departs_the_other_way():
