@@ -180,7 +180,7 @@ def weights_from_json(path, dataset):
         weights = content.get("domain_weights", content.get("train_domain_weights", content))
         unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
         if odd := {name: weight for name, weight in weights.items() if type(weight) not in (int, float)}:
-            raise ValueError(f"no numbers: {odd}")
+            raise ValueError(f"no numbers: {shown(odd)}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({error}); expected an object {{DOMAIN: weight}} in JSON") from None
     if unknown or missing:

@@ -3,6 +3,9 @@
     python experiments/profit.py weights MIXTURE DATA_DIR THEORY_DIR/STEPS SEED FILE.json   (profit.sh does it)
     python experiments/profit.py collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
     python experiments/profit.py report RESULTS [FIGURE.png TITLE] from RESULTS alone
+
+Before it is collected, `evaluate.py OUT_DIR/natural-SEED OUT_DIR/MIXTURE-SEED ... --data_dir=OTHER --tasks=...` may add
+what the runs of a seed do on unseen text and on tasks.
 """
 
 import json
@@ -100,10 +103,12 @@ def collect(out_dir, results):
                       "unweighted": np.round(losses.mean(axis=1), 5).tolist(),
                       "weighted": np.round(losses @ (counts / counts.sum()), 5).tolist(),
                       "loss": np.round(losses[-1], 5).tolist()})
-        if (evaluation := run / "evaluation.jsonl").exists():  # unseen text, and tasks
-            last = json.loads(evaluation.read_text().splitlines()[-1])
-            lines[-1] |= {key: {name: round(part["change"], 4) for name, part in last[kind].items()}
-                          for key, kind in (("unseen", "domains"), ("tasks", "tasks"))}
+        if (log := run / "evaluation.jsonl").exists():  # of evaluate.py: natural first, other text, and tasks
+            for line in map(json.loads, log.read_text().splitlines()):
+                if (Path(line["baseline"]).name == f"natural-{seed}" and {"domains", "tasks"} <= line.keys()
+                        and line["data_dir"] != config["data"]["data_dir"]):
+                    lines[-1] |= {key: {name: round(part["change"], 4) for name, part in line[kind].items()}
+                                  for key, kind in (("unseen", "domains"), ("tasks", "tasks"))}
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -156,8 +161,9 @@ def report(results, figure=None, title=""):
             change = [spread([runs[one, seed][key][-1] - runs[other, seed][key][-1] for seed in both])
                       for key in ("unweighted", "weighted")]
             print(f"| {LABELS[one]}, minus {LABELS[other]} | {change[0]} | {change[1]} |")
-    print("\n| trained on | unseen domains better than natural, by seed | mean change, bits per byte "
-          "| tasks better, by seed | mean change |\n|" + " --- |" * 5)
+    if any("unseen" in run for run in runs.values()):
+        print("\n| trained on | unseen domains better than natural, by seed | mean change, bits per byte "
+              "| tasks better, by seed | mean change |\n|" + " --- |" * 5)
     for mixture in (name for name in LABELS if name != "natural"):
         if here := [runs[mixture, seed] for seed in seeds if "unseen" in runs.get((mixture, seed), ())]:
             cells = []
@@ -190,7 +196,7 @@ def draw(path, points, title):
 
 
 if __name__ == "__main__":
-    what, *rest = sys.argv[1:]
+    what, *rest = sys.argv[1:] or ["help"]
     if what == "weights":
         mixture, data_dir, theory, seed, path = rest
         meta = json.loads((Path(data_dir) / "meta.json").read_text())["domains"]

@@ -60,12 +60,12 @@ def predict(r, disagreement, slope):
 
 
 def shuffled_correlation(r, disagreement, slope, tilt, n=200):
-    """The formula without information: mean ± sd of its correlation with the tilt over n shuffles of D's domains."""
+    """The formula without information: its correlation with the tilt in each of n shuffles of D's domains.  (n,)."""
     generator, found = np.random.default_rng(0), []
     for order in (generator.permutation(r.shape[1]) for _ in range(n)):
         alpha = np.array([predict(w, d[order], slope) for w, d in zip(r, disagreement)])
         found.append(np.corrcoef(np.log(alpha / r).ravel(), tilt.ravel())[0, 1])
-    return f"{np.mean(found):.2f} ± {np.std(found):.2f}"
+    return np.array(found)
 
 
 def line_through_domains(x, y):
@@ -184,7 +184,8 @@ def report(results, figure=None):
                 scores.append(["b not above 0"] * 2)
                 continue
             foretold = np.array([predict(w, 2 * excess, slopes) for w, excess in zip(r, disagreement)])
-            control.append(shuffled_correlation(r, 2 * disagreement, slopes, tilt))
+            shuffled = shuffled_correlation(r, 2 * disagreement, slopes, tilt)
+            control.append(f"{shuffled.mean():.2f} ± {shuffled.std():.2f}")
             clouds.setdefault(steps, (r, alpha, foretold))
             distances.append(total_variation(foretold, alpha).mean())
             both = [(np.log(foretold / r)[:, of].ravel(), tilt[:, of].ravel()) for of in (small | True, small)]

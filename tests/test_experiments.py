@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -25,6 +26,15 @@ def test_prediction_tilts_by_disagreement_and_sums_to_one():
     alpha = theory.predict(r, np.array([0.2, 0.2, 0.4]), np.full(3, 0.5))  # equal slopes: exp(D / b), normalised
     expected = r * np.exp(np.array([0.2, 0.2, 0.4]) / 0.5)
     assert alpha == pytest.approx(expected / expected.sum())
+
+
+def test_a_shuffled_disagreement_foretells_nothing():
+    """With equal slopes the tilt is D / b but for a constant. Over all orders of D their mean correlation is 0."""
+    r, disagreement = np.full((1, 8), 1 / 8), np.array([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]])
+    tilt = np.log(theory.predict(r[0], disagreement[0], np.full(8, 0.5)) / r)
+    assert np.corrcoef(tilt[0], disagreement[0])[0, 1] == pytest.approx(1)
+    found = theory.shuffled_correlation(r, disagreement, np.full(8, 0.5), tilt)
+    assert abs(found.mean()) < 4 / 7**0.5 / 200**0.5 and found.max() < 1  # variance of one: 1 / (K - 1)
 
 
 def test_slopes_are_those_of_the_lines():
@@ -59,6 +69,17 @@ def test_distance_from_the_front():
     assert profit.behind_front(front, (3.2, 3.9)) == pytest.approx(0.05, abs=1e-3)  # (3.15, 3.85) is better in both
     assert profit.behind_front(front, (3.1, 3.85)) == pytest.approx(-0.025, abs=1e-3)
     assert profit.behind_front(front, (2.9, 4.0)) == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_a_shuffled_tilt_has_the_tilts_of_the_answer(tmp_path):
+    """Shares that are equal keep their sum under any order of the tilts, so nothing is normalised away."""
+    alpha = [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.2, 0.2, 0.2, 0.4])]
+    (proxy := tmp_path / "2-natural-7/proxy").mkdir(parents=True)
+    torch.save([{"step": i, "domain_weights": a} for i, a in enumerate(alpha, 1)], proxy / "doremi_domain_weights_2.pt")
+    found = [profit.mixture_weights(name, np.full(4, 9.0), tmp_path / "2", 7) for name in (
+        "doremi", "doremi-shuffled-tilt")]
+    assert found[0] == pytest.approx([0.15, 0.2, 0.25, 0.4]) and sorted(found[1]) == pytest.approx(sorted(found[0]))
+    assert found[1].tolist() != found[0].tolist()
 
 
 def test_mixtures_of_the_profit():
