@@ -15,16 +15,12 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
-import cli
-import runtime
-from cli import UserError
-
-BEFORE = {"color": "0.45", "marker": "o", "markerfacecolor": "white"}  # in every picture: the reference, the baseline
-STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "font.size": 9,
-         "axes.axisbelow": True, "lines.markersize": 5, "errorbar.capsize": 2, "legend.frameon": False}
-
+from common import cli
+from common.cli import UserError
+from common.figures import BEFORE, STYLE, align, draw_rows, percent, publish, weight_axis
+from common.files import write_atomically
+from common.run import check_same, identity, read_config
 
 # ---- the mathematics ----
 
@@ -82,11 +78,11 @@ def read_alpha(run, config):
 
 def read_seeds(runs):
     """Configs and alphas (S, T, K) of proxy runs.  Raises UserError if more than the seed differs between them."""
-    configs = [runtime.read_config(run) for run in runs]
+    configs = [read_config(run) for run in runs]
     if configs[0]["stage"] != "proxy":
         raise UserError(f"{runs[0]} is a {configs[0]['stage']} run; expected a proxy run of train_doremi.py")
     of_a_seed = {name: None for name in ("seed", "reference.seed", "reference.fingerprint")}
-    runtime.check_same(runs, [runtime.identity(config) | of_a_seed for config in configs], "only the seed may differ")
+    check_same(runs, [identity(config) | of_a_seed for config in configs], "only the seed may differ")
     if len({(config["flags"]["seed"], config["reference"]["fingerprint"]) for config in configs}) < len(runs):
         raise UserError("two of the runs have the same seed and the same reference; give each seed once")
     return configs, np.stack([read_alpha(run, config) for run, config in zip(runs, configs)])
@@ -94,54 +90,11 @@ def read_seeds(runs):
 
 # ---- what it prints and draws, and what compare.py and evaluate.py share ----
 
-def align(columns):
-    """Lines of a table from columns of strings, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in columns]
-    return [f"{row[0]:{widths[0]}}   " + "   ".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
-            for row in zip(*columns)]
-
-
-def percent(weight, _=None):
-    return f"{100 * weight:.0f}%" if weight >= 0.0995 else f"{100 * weight:.2g}%"
-
-
 def finding(domains, reference, answer):
     """The largest gain and the largest loss of weight, in one line."""
     up, down = (f"{domains[i]} from {percent(reference[i])} to {percent(answer[i])}"
                 for i in ((answer - reference).argmax(), (answer - reference).argmin()))
     return f"DoReMi raises {up} and lowers {down}"
-
-
-def weight_axis(axis, weights):
-    """Make an axis (axes.xaxis or axes.yaxis) logarithmic, with ticks in percent, and as long as the weights need."""
-    low, high = max(weights[weights > 0].min() / 1.3, 1e-6), min(1.3 * weights.max(), 1.0)
-    axis.axes.set(**{f"{axis.axis_name}scale": "log", f"{axis.axis_name}lim": (low, high)})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-    axis.set_major_formatter(percent)
-    axis.set_minor_formatter("")
-
-
-def draw_rows(axes, names, series, height=0.8):
-    """A row for each name, from the top, with a mark of each series: (label, values, errors or None, style)."""
-    offsets = np.linspace(-height / 2, height / 2, len(series) + 2)[1:-1]
-    for offset, (label, values, errors, style) in zip(offsets, series):
-        axes.errorbar(values, np.arange(len(names)) + offset, xerr=errors, label=label, **{**style, "linestyle": ""})
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-
-
-def publish(figure, finding, setting, path, run, **summary):
-    """Write a picture, titled with the finding.  If the run was logged to wandb, add picture and summary to its log."""
-    figure.suptitle(finding, weight="bold", fontsize=12, wrap=True)
-    figure.supxlabel(setting, fontsize=8, color="0.45")
-    runtime.write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    print(f"written: {path}")
-    if (mode := runtime.read_config(run)["flags"].get("wandb", "disabled")) != "disabled":
-        import wandb
-
-        with runtime.start_wandb(run, mode, runtime.load_checkpoint(run)) as log:
-            log.log({path.stem: wandb.Image(str(path))})
-            log.summary.update(summary)
 
 
 @matplotlib.rc_context(STYLE)
@@ -228,7 +181,7 @@ def main(argv=None):
         **{name: flags[name] for name in ("batch_size", "step_size", "smoothing")}}
     out_dir.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"domain_weights": weights, "provenance": provenance}, indent=2) + "\n"
-    runtime.write_atomically(out_dir / "weights.json", content)
+    write_atomically(out_dir / "weights.json", content)
     print(f"written: {out_dir / 'weights.json'}")
     publish(draw(domains, share, reference, alphas), finding(domains, reference, answer), setting,
             out_dir / "weights.png", args.runs[-1], **{f"answer/{name}": weight for name, weight in weights.items()})

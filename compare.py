@@ -19,10 +19,10 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-import cli
-import runtime
-from average_weights import BEFORE, STYLE, align, draw_rows, publish, weight_axis
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.figures import BEFORE, STYLE, align, draw_rows, publish, weight_axis
+from common.run import check_same, identity, read_config
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the M losses
@@ -83,14 +83,14 @@ def read_evaluations(run, config, domains):
 
 def read_groups(runs):
     """The runs as groups of seeds, the baseline's first.  Raises UserError unless all have the same held-out tokens."""
-    configs, members, groups = [runtime.read_config(run) for run in runs], {}, []
+    configs, members, groups = [read_config(run) for run in runs], {}, []
     held_out = [{"domains": sorted(config["domains"]), "block_size": config["model"]["block_size"],
                  "eval_windows": config["flags"]["eval_windows"],
                  **{name: config["data"][name] for name in ("tokenizer_sha256", "vocab_size", "train_tokens")}}
                 for config in configs]
-    runtime.check_same(runs, held_out, "losses compare on the same held-out tokens only")
+    check_same(runs, held_out, "losses compare on the same held-out tokens only")
     for run, config in zip(runs, configs):
-        experiment = json.dumps(runtime.identity(config) | {"seed": None}, sort_keys=True)
+        experiment = json.dumps(identity(config) | {"seed": None}, sort_keys=True)
         members.setdefault(experiment, []).append((config["flags"]["seed"], run, config))
     if len(members) < 2:
         raise UserError(f"{runs[0]}: only one experiment is given; give a baseline and at least one other run")

@@ -23,14 +23,15 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-import cli
-import runtime
-from average_weights import STYLE, align, draw_rows, publish
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.figures import STYLE, align, draw_rows, publish
+from common.files import write_atomically
+from common.run import check_same, load_finished
+from common.tokenizer import data_tokenizer, optional
 from compare import looks
 from model import Transformer
 from sampler import check_vocabulary, load_dataset
-from tokenizer import data_tokenizer, optional
 
 BATCH_TOKENS = 1 << 13  # per forward pass
 
@@ -39,10 +40,10 @@ BATCH_TOKENS = 1 << 13  # per forward pass
 
 def load_runs(paths, data_dir):
     """[(config, parameters)] of finished runs that can be compared, and their data set.  Raises UserError."""
-    runs = [runtime.load_finished(path, ("reference", "proxy", "large")) for path in paths]
+    runs = [load_finished(path, ("reference", "proxy", "large")) for path in paths]
     runs = [(config, checkpoint["model"]) for config, checkpoint in runs]
     sizes = [{"block_size": config["model"]["block_size"]} for config, _ in runs]
-    runtime.check_same(paths, sizes, "evaluate one by one")
+    check_same(paths, sizes, "evaluate one by one")
     dataset = load_dataset(data_dir or runs[0][0]["data"]["data_dir"], runs[0][0]["model"]["block_size"])
     for path, (config, _) in zip(paths, runs):
         if config["data"]["tokenizer_sha256"] != dataset.meta["tokenizer_sha256"]:
@@ -267,7 +268,7 @@ def main(argv=None):
     for path, result in zip(args.runs, results):
         line = {"baseline": str(args.runs[0]), "data_dir": dataset.directory, **result}
         log = path / "evaluation.jsonl"
-        runtime.write_atomically(log, (log.read_text() if log.exists() else "") + json.dumps(line) + "\n")
+        write_atomically(log, (log.read_text() if log.exists() else "") + json.dumps(line) + "\n")
     publish(draw(names, results), findings[-1] if findings else f"{names[0]} on {' and '.join(results[0])}",
             f"{dataset.directory}, tokenizer {dataset.meta['tokenizer']}; bars: one standard error",
             args.runs[-1] / "evaluation.png", args.runs[-1])

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError
+from common.cli import UserError
 
 LOSS_CHUNK = 2**22  # logits alive at once in the loss on a CPU: 16 MB of float32, which stay in its cache
 

@@ -16,7 +16,6 @@ document to train or val. Duplicates therefore never straddle the split, and ord
 OUT_DIR appears when everything is written, or not at all. For data that is already tokenized see link.py.
 """
 
-import contextlib
 import gzip
 import hashlib
 import heapq
@@ -26,9 +25,6 @@ import lzma
 import mmap
 import os
 import re
-import shutil
-import signal
-import sys
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -39,9 +35,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, fraction, positive, run
+from common.cli import ArgumentParser, UserError, fraction, positive, run
+from common.files import staged
+from common.tokenizer import EOT, EOT_NAMES, cut, load_tokenizer, optional
 from sampler import folder_name
-from tokenizer import EOT, EOT_NAMES, cut, load_tokenizer, optional
 
 MARK = EOT.encode()  # between the documents of a .txt file
 ROWS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
@@ -212,24 +209,6 @@ def sample_texts(documents, val_fraction):
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def staged(out_dir):
-    """Make a folder that becomes out_dir when the block ends, and is removed if the block fails or is stopped."""
-    staging = out_dir.with_name(f"{out_dir.name}.tmp")
-    for path, remedy in (out_dir, "or choose another --out_dir"), (staging, "unless another run is writing it"):
-        if path.exists():
-            raise UserError(f"{path}: exists already; delete it, {remedy}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        staging.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def write_bins(documents, folder, tokenizer, dtype, val_fraction, workers):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cli import UserError, shown
+from common.cli import UserError, shown
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
 
@@ -380,7 +380,7 @@ def domain_sums(domain, k, dtype, *token_values):
 def held_out_loss(forward, dataset, n_windows, batch_size, machine):
     """Mean validation loss of each domain in nats per token: (K,) float64 array, the same on all ranks.
 
-    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: runtime.Machine.
+    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: ranks.Machine.
     """
     k = len(dataset.domains)
     sums = torch.zeros(2, k, dtype=machine.sum_dtype, device=machine.device)

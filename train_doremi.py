@@ -9,10 +9,12 @@ The proxy has the reference's shape. It draws batches with fixed sampling weight
 
 import torch
 
-import cli
-import runtime
+from common import cli, ranks
+from common.files import write_atomically
+from common.run import Run, add_machine_flags, fingerprint, load_finished, read_config
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
+from train_reference import adamw, add_optimization_flags, resolve_flags, set_learning_rate
 
 
 def parse_args():
@@ -23,9 +25,9 @@ def parse_args():
     add("--smoothing", type=cli.fraction, default=1e-3, help="c: alpha is above c / K (default: %(default)s, paper's)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from (default: %(default)s, paper's)")
     add("--data_dir", help="data set of prepare.py (default: the reference's)")
-    optimization = cli.add_optimization_flags(parser, inherited=True)
-    cli.add_machine_flags(parser, "checkpoints/proxy", inherited=True)
-    flags = runtime.read_config(parser.parse_args().reference)["flags"]
+    optimization = add_optimization_flags(parser, inherited=True)
+    add_machine_flags(parser, "checkpoints/proxy", inherited=True)
+    flags = read_config(parser.parse_args().reference)["flags"]
     inherited = {name: flags[name] for name in (*optimization, "data_dir", "dtype")}
     parser.set_defaults(**inherited | {"seed": flags["seed"] + 1})  # not the reference's initial parameters
     if parser.parse_args().max_steps != flags["max_steps"]:
@@ -39,7 +41,7 @@ def save_weight_history(run, alpha_history):
         return
     path = run.out_dir / f"doremi_domain_weights_{len(alpha_history)}.pt"
     history = [{"step": step, "domain_weights": alpha} for step, alpha in enumerate(alpha_history.cpu(), start=1)]
-    runtime.write_atomically(path, lambda file: torch.save(history, file))
+    write_atomically(path, lambda file: torch.save(history, file))
     for last in set(run.out_dir.glob("doremi_domain_weights_*.pt")) - {path}:
         last.unlink()
 
@@ -55,9 +57,9 @@ def update_alpha(alpha, excess, step_size, smoothing):
 
 def train(args):
     """Train from start or checkpoint to end."""
-    runtime.resolve_flags(args)
-    machine = runtime.setup(args)
-    origin, checkpoint = runtime.load_finished(args.reference, ("reference",))
+    resolve_flags(args)
+    machine = ranks.setup(args)
+    origin, checkpoint = load_finished(args.reference, ("reference",))
     model_config = ModelConfig(**origin["model"])
     dataset = load_dataset(args.data_dir, model_config.block_size)
     dataset.check_same_data(args.reference, origin)
@@ -69,21 +71,21 @@ def train(args):
     torch.manual_seed(args.seed)
     with torch.device("meta"):
         model = Transformer(model_config, machine.dtype, args.activation_checkpointing)
-    model = runtime.shard(model, machine)
-    runtime.load_parameters(model, model.initial_parameters())
-    optimizer = runtime.adamw(model, args)
+    model = ranks.shard(model, machine)
+    ranks.load_parameters(model, model.initial_parameters())
+    optimizer = adamw(model, args)
     sampler = Sampler(dataset, weights, args.batch_size, args.seed, machine.rank, machine.world_size,
                       pin_memory=machine.device.type == "cuda")
-    args.compile = runtime.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
+    args.compile = ranks.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
     forward = torch.compile(model, dynamic=False) if args.compile else model
     reference_forward = torch.compile(reference, dynamic=False) if args.compile else reference
 
     config = {"stage": "proxy", "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights),
               "reference": {"out_dir": args.reference, "sampling_weights": origin["sampling_weights"],
-                            "fingerprint": runtime.fingerprint(reference),
+                            "fingerprint": fingerprint(reference),
                             **{name: origin["flags"][name] for name in ("seed", "max_steps", "batch_size")}}}
     flops_per_token = model.flops_per_token() * 8 / 6  # the reference's forward pass adds 2 parts to the 6 of a step
-    run = runtime.Run(args, machine, config, tokens_per_step, flops_per_token)
+    run = Run(args, machine, config, tokens_per_step, flops_per_token)
     step = run.restore(model, optimizer, sampler)
     alpha = torch.full((K,), 1 / K, dtype=machine.sum_dtype, device=machine.device)  # Alg. 1: alpha_0 = u
     excess = torch.zeros_like(alpha)  # lambda_t, nats per token
@@ -96,7 +98,7 @@ def train(args):
     named, stop = dataset.by_name, False
     while step < args.max_steps and not stop:
         step += 1
-        lr = runtime.set_learning_rate(optimizer, step, args)
+        lr = set_learning_rate(optimizer, step, args)
         micro_batches = machine.micro_batches(sampler.next_batch(), args.micro_batch_size)
 
         # Alg. 1: lambda_t[i] = sum of max(proxy - reference, 0) over the tokens of domain i / number of those tokens,
@@ -119,11 +121,11 @@ def train(args):
 
         # One step on sum_i alpha_t[i] * (mean loss over the tokens of domain i in the global batch), alpha_t constant
         token_weight = (alpha / count.clamp(min=1)).to(token_loss.dtype)  # (K,)
-        for tokens, domain in runtime.accumulate(model, micro_batches):
+        for tokens, domain in ranks.accumulate(model, micro_batches):
             if not single_pass:
                 token_loss = forward(tokens)
             (token_weight[domain] * token_loss.sum(dim=1)).sum().backward()
-        grad_norm = runtime.clip_gradients(model, args.grad_clip)
+        grad_norm = ranks.clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -144,4 +146,4 @@ def train(args):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: train(parse_args()), runtime.leave_ranks)
+    cli.run(lambda: train(parse_args()), ranks.leave_ranks)

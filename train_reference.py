@@ -7,10 +7,13 @@ next    python train_doremi.py --reference=OUT_DIR
 Nothing here is particular to DoReMi: the loss is the mean over all tokens. train_large.py trains with this same loop.
 """
 
+import math
+
 import torch
 
-import cli
-import runtime
+from common import cli, ranks
+from common.cli import UserError
+from common.run import Run, add_machine_flags
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
 
@@ -18,19 +21,99 @@ DEFAULTS = {"out_dir": "checkpoints/reference", "sampling_weights": "token_count
             "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "n_ffn": 96}
 
 
+def add_data_and_model_flags(parser, defaults):
+    """Flags of stages 1 and 4.  defaults: {flag: value}; without one, --sampling_weights must be given."""
+    add = parser.add_argument_group("data and model").add_argument
+    add("--data_dir", default="data/demo", help="data set of prepare.py (default: %(default)s)")
+    add("--sampling_weights", required="sampling_weights" not in defaults, help="what batches are drawn from: uniform, "
+        "token_count, temperature:P (token_count ** P), unimax:EPOCHS, FILE.json, numbers such as 0.2,0.8, or the mean "
+        "of several of these: uniform+token_count "
+        f"(default: {defaults.get('sampling_weights', 'none, it must be given')})")
+    add("--block_size", type=cli.positive, default=64, help="context in tokens (default: %(default)s)")
+    for name, meaning in [("n_layer", "blocks"), ("n_head", "query heads"), ("n_kv_head", "key and value heads"),
+                          ("n_embd", "width"), ("n_ffn", "hidden width of the feed-forward")]:
+        add(f"--{name}", type=cli.positive, help=f"{meaning} (default: %(default)s)")
+
+
+def add_optimization_flags(parser, inherited=False):
+    """Flags of training.  inherited: they default to what the reference's run used.  Return their names."""
+    group = parser.add_argument_group("optimization")
+
+    def add(name, kind, default, meaning, shown="%(default)s"):
+        if inherited and name != "--seed":
+            shown = f"the reference's; with another --max_steps, {shown}" if "max_steps" in shown else "the reference's"
+        choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
+
+    add("--max_steps", cli.positive, 4000, "optimizer steps")
+    add("--batch_size", cli.positive, 24, "sequences per step over all ranks")
+    add("--learning_rate", cli.non_negative, 3e-3, "peak learning rate")
+    add("--min_lr", cli.non_negative, None, "last learning rate", "a tenth of the peak")
+    add("--lr_schedule", ["cosine", "exponential"], "cosine", "decay after warm-up; exponential is the paper's")
+    add("--warmup_steps", cli.natural, None, "steps of linear warm-up",
+        "the paper's 6%% of max_steps, but at least 300, or a third of a shorter run")
+    add("--weight_decay", cli.non_negative, 0.01, "AdamW's weight decay, on matrices only")
+    add("--beta1", cli.fraction, 0.9, "AdamW's decay of the first moment")
+    add("--beta2", cli.fraction, 0.99, "AdamW's decay of the second moment")
+    add("--grad_clip", cli.non_negative, 1.0, "largest norm of the gradient; 0: no limit")
+    add("--seed", cli.natural, 1, "of the initial weights and of the batches",
+        "the reference's + 1" if inherited else "%(default)s")
+    return [action.dest for action in group._group_actions]
+
+
 def parse_args(description, defaults):
     parser = cli.ArgumentParser(description)
-    cli.add_data_and_model_flags(parser, defaults)
-    cli.add_optimization_flags(parser)
-    cli.add_machine_flags(parser, defaults["out_dir"])
+    add_data_and_model_flags(parser, defaults)
+    add_optimization_flags(parser)
+    add_machine_flags(parser, defaults["out_dir"])
     parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
+def resolve_flags(args):
+    """Fill in the flags that depend on others.  Raises UserError for values that no run can have."""
+    if args.min_lr is None:
+        args.min_lr = args.learning_rate / 10
+    if args.warmup_steps is None:  # Not in the paper: at least 300 steps, or a third of a run shorter than 900
+        args.warmup_steps = max(round(0.06 * args.max_steps), min(300, args.max_steps // 3))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "auto":  # float32 on CPUs: not all multiply bfloat16, and runs should agree between them
+        multiplies = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bfloat16" if multiplies else "float32"
+    if not 0 < args.min_lr <= args.learning_rate:
+        raise UserError(f"--min_lr={args.min_lr} must be above 0 and at most --learning_rate={args.learning_rate}")
+    if not 0 <= args.warmup_steps <= args.max_steps:
+        raise UserError(f"--warmup_steps={args.warmup_steps} must be between 0 and --max_steps={args.max_steps}")
+
+
+def adamw(model, args):
+    """AdamW with weight decay on matrices only.  Not in the paper (Adafactor), but in its official code."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2), fused=True)
+
+
+def set_learning_rate(optimizer, step, args):
+    """Linear warm-up, then cosine or exponential decay to min_lr at the last step.  step: 1..max_steps."""
+    if step <= args.warmup_steps:
+        lr = args.learning_rate * step / args.warmup_steps
+    else:
+        progress = (step - args.warmup_steps) / (args.max_steps - args.warmup_steps)
+        if args.lr_schedule == "cosine":
+            lr = args.min_lr + (args.learning_rate - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        else:
+            lr = args.learning_rate * (args.min_lr / args.learning_rate) ** progress
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def train(args, stage):
     """Train from start or checkpoint to end.  stage: "reference" or "large"."""
-    runtime.resolve_flags(args)
-    machine = runtime.setup(args)
+    resolve_flags(args)
+    machine = ranks.setup(args)
     dataset = load_dataset(args.data_dir, args.block_size)
     tokens_per_step = args.batch_size * args.block_size
     weights = sampling_weights(args.sampling_weights, dataset, args.max_steps * tokens_per_step)
@@ -41,33 +124,33 @@ def train(args, stage):
     torch.manual_seed(args.seed)
     with torch.device("meta"):
         model = Transformer(model_config, machine.dtype, args.activation_checkpointing)
-    model = runtime.shard(model, machine)
-    runtime.load_parameters(model, model.initial_parameters())
-    optimizer = runtime.adamw(model, args)
+    model = ranks.shard(model, machine)
+    ranks.load_parameters(model, model.initial_parameters())
+    optimizer = adamw(model, args)
     sampler = Sampler(dataset, weights, args.batch_size, args.seed, machine.rank, machine.world_size,
                       pin_memory=machine.device.type == "cuda")
-    args.compile = runtime.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
+    args.compile = ranks.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
     forward = torch.compile(model, dynamic=False) if args.compile else model
 
     config = {"stage": stage, "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
     flops_per_token = model.flops_per_token()
-    run = runtime.Run(args, machine, config, tokens_per_step, flops_per_token)
+    run = Run(args, machine, config, tokens_per_step, flops_per_token)
     step = run.restore(model, optimizer, sampler)
 
     named, stop = dataset.by_name, False
     while step < args.max_steps and not stop:
         step += 1
-        lr = runtime.set_learning_rate(optimizer, step, args)
+        lr = set_learning_rate(optimizer, step, args)
         micro_batches = machine.micro_batches(sampler.next_batch(), args.micro_batch_size)
 
         # One step on the mean loss over all tokens of the global batch
         sums = torch.zeros(2, K, dtype=machine.sum_dtype, device=machine.device)  # of loss and tokens
-        for tokens, domain in runtime.accumulate(model, micro_batches):
+        for tokens, domain in ranks.accumulate(model, micro_batches):
             token_loss = forward(tokens)  # (b, T)
             sums += domain_sums(domain, K, machine.sum_dtype, token_loss.detach())
             (token_loss.sum() / tokens_per_step).backward()
         loss_sum, count = machine.all_reduce(sums)  # (K,) each
-        grad_norm = runtime.clip_gradients(model, args.grad_clip)
+        grad_norm = ranks.clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -86,4 +169,4 @@ def train(args, stage):
 
 
 if __name__ == "__main__":
-    cli.run(lambda: train(parse_args(__doc__, DEFAULTS), "reference"), runtime.leave_ranks)
+    cli.run(lambda: train(parse_args(__doc__, DEFAULTS), "reference"), ranks.leave_ranks)

@@ -1,8 +1,8 @@
 """Measure how fast the scripts are, side by side with something else, as ratios.
 
-    python experiments/bench.py step proxy micro --shape=30M --ranks=2
-    python experiments/bench.py step sampler save --shape=30M --against=DIR     DIR: another checkout of this project
-    python experiments/bench.py step --shape=gpt2 --nanogpt=DIR                 DIR: github.com/karpathy/nanoGPT
+    python -m experiments.bench step proxy micro --shape=30M --ranks=2
+    python -m experiments.bench step sampler save --shape=30M --against=DIR     DIR: another checkout of this project
+    python -m experiments.bench step --shape=gpt2 --nanogpt=DIR                 DIR: github.com/karpathy/nanoGPT
 
 row      measures                                                  against
 step     a step of train_reference.py                              --against, --nanogpt
@@ -49,12 +49,13 @@ def probe(out, root, script, *flags):
     sys.path[:0], sys.argv = [root], [script, *flags]
     import torch
 
-    import runtime
+    from common import ranks
+    from common.run import Run
 
-    stops, clock, save, record = [0.0], [], runtime.Run.save, runtime.Run.record
+    stops, clock, save, record = [0.0], [], Run.save, Run.record
 
     def timed_save(run, *args, **kwargs):
-        runtime.synchronize(run.machine.device)
+        ranks.synchronize(run.machine.device)
         start = time.perf_counter()
         save(run, *args, **kwargs)
         stops.append(time.perf_counter() - start)
@@ -63,7 +64,7 @@ def probe(out, root, script, *flags):
         record(run, *args, **kwargs)
         clock.append(time.process_time())
 
-    runtime.Run.save, runtime.Run.record = timed_save, timed_record
+    Run.save, Run.record = timed_save, timed_record
     runpy.run_path(f"{root}/{script}", run_name="__main__")
     noted = {"processor seconds per step and rank": float(np.median(np.diff(clock))), "seconds to save": stops[-1]}
     if torch.cuda.is_available():

@@ -2,13 +2,12 @@
 
 reads   a reference run (stage 1) and its data
 writes  docs/exactness.png, and prints the table of docs/exactness.md
-e.g.    python experiments/exactness.py --reference=checkpoints/reference --max_steps=1000
+e.g.    python -m experiments.exactness --reference=checkpoints/reference --max_steps=1000
 
 Every variant sees the same batches from the same initial parameters. Only the lines that name a variant differ from
 train_doremi.py. The departures exist here only.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,14 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import cli
-import runtime
 from average_weights import effective_domains, total_variation
+from common import cli, ranks
+from common.files import write_atomically
+from common.run import load_finished
 from model import Transformer
 from sampler import Sampler, domain_sums, load_dataset
 from train_doremi import update_alpha
+from train_reference import adamw, resolve_flags, set_learning_rate
 
 VARIANTS = {
     "exact": "Algorithm 1",
@@ -40,12 +40,12 @@ def train_proxy(variant, reference, dataset, machine, args, seed):
     torch.manual_seed(seed)
     model = Transformer(reference.config, machine.dtype).to(machine.device)
     forward = torch.compile(model, dynamic=False) if args.compile else model
-    optimizer = runtime.adamw(model, args)
+    optimizer = adamw(model, args)
     sampler = Sampler(dataset, np.full(K, 1 / K), args.batch_size, seed)
     alpha = torch.full((K,), 1 / K, dtype=machine.sum_dtype, device=machine.device)
     excess, history = torch.zeros_like(alpha), []
     for step in tqdm(range(1, args.max_steps + 1), desc=f"{variant}, seed {seed}"):
-        runtime.set_learning_rate(optimizer, step, args)
+        set_learning_rate(optimizer, step, args)
         [(tokens, domain)] = machine.micro_batches(sampler.next_batch(), args.batch_size)
         with torch.no_grad():
             reference_loss = reference(tokens)
@@ -61,7 +61,7 @@ def train_proxy(variant, reference, dataset, machine, args, seed):
         weight = ((before if variant == "stale alpha" else alpha) / count.clamp(min=1)).to(token_loss.dtype)
         objective = (token_loss - reference_loss).clamp(min=0) if variant == "clipped gradient" else token_loss
         (weight[domain] * objective.sum(dim=1)).sum().backward()
-        runtime.clip_gradients(model, args.grad_clip)
+        ranks.clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
     sampler.close()
@@ -103,13 +103,13 @@ def main():
     add("--out", type=Path, default=Path("docs/exactness.png"), help="the figure (default: %(default)s)")
     optimization = cli.add_optimization_flags(parser, inherited=True)
     cli.add_machine_flags(parser, "unused")
-    config, checkpoint = runtime.load_finished(parser.parse_args().reference, ("reference",))
+    config, checkpoint = load_finished(parser.parse_args().reference, ("reference",))
     parser.set_defaults(**{name: config["flags"][name] for name in optimization})
     if parser.parse_args().max_steps != config["flags"]["max_steps"]:
         parser.set_defaults(warmup_steps=None)
     args = parser.parse_args()
-    runtime.resolve_flags(args)
-    machine, seeds = runtime.setup(args), [int(seed) for seed in args.seeds.split(",")]
+    resolve_flags(args)
+    machine, seeds = ranks.setup(args), [int(seed) for seed in args.seeds.split(",")]
     dataset = load_dataset(config["data"]["data_dir"], config["model"]["block_size"])
     reference = Transformer.load(config, checkpoint["model"], machine.dtype).to(machine.device).freeze()
     args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
@@ -126,7 +126,7 @@ def main():
               f"{np.median(effective_domains(alpha)):.1f} | {effective_domains(answer):.1f} | "
               f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
     setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
-    runtime.write_atomically(args.out, lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
+    write_atomically(args.out, lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
     print(f"written: {args.out}")
 
 

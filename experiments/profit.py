@@ -1,8 +1,8 @@
 """What DoReMi gains: collect the runs of profit.sh, print the tables and draw the figure of docs/results.md.
 
-    python experiments/profit.py weights MIXTURE DATA_DIR THEORY_DIR/STEPS SEED FILE.json   (profit.sh does it)
-    python experiments/profit.py collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
-    python experiments/profit.py report RESULTS [FIGURE.png TITLE] from RESULTS alone
+    python -m experiments.profit weights MIXTURE DATA_DIR THEORY_DIR/STEPS SEED FILE.json   (profit.sh does it)
+    python -m experiments.profit collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
+    python -m experiments.profit report RESULTS [FIGURE.png TITLE] from RESULTS alone
 
 Before it is collected, `evaluate.py OUT_DIR/natural-SEED OUT_DIR/MIXTURE-SEED ... --data_dir=OTHER --tasks=...` may add
 what the runs of a seed do on unseen text and on tasks.

@@ -13,7 +13,7 @@ for seed in $seeds; do
     for mixture in $mixtures; do
         run=$out/$mixture-$seed
         [ ! -f "$run/done" ] || continue
-        "$python" "$(dirname "$0")/profit.py" weights "$mixture" "$data" "$theory/$proxy_steps" "$seed" "$run.json"
+        "$python" -m experiments.profit weights "$mixture" "$data" "$theory/$proxy_steps" "$seed" "$run.json"
         "$python" "$code/train_large.py" --data_dir="$data" --sampling_weights="$run.json" --out_dir="$run" --resume \
             --block_size=64 --batch_size=32 --n_layer=3 --n_head=2 --n_kv_head=1 --n_embd=64 --n_ffn=160 \
             --learning_rate=3e-3 --max_steps=1600 --eval_interval=100 --eval_windows=128 --save_interval=1600 \

@@ -1,8 +1,8 @@
 """What DoReMi converges to: measure the runs of theory.sh, print the tables and draw the figure of docs/theory.md.
 
-    python experiments/theory.py weights DATA_DIR OUT_DIR            write the references' weights (theory.sh does it)
-    python experiments/theory.py measure DATA_DIR OUT_DIR RESULTS    add the finished runs to RESULTS, a line for each
-    python experiments/theory.py report RESULTS [FIGURE.png]         from RESULTS alone
+    python -m experiments.theory weights DATA_DIR OUT_DIR            write the references' weights (theory.sh does it)
+    python -m experiments.theory measure DATA_DIR OUT_DIR RESULTS    add the finished runs to RESULTS, a line for each
+    python -m experiments.theory report RESULTS [FIGURE.png]         from RESULTS alone
 """
 
 import itertools
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.ticker import FixedLocator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from average_weights import total_variation
 from model import ModelConfig, Transformer
 from sampler import load_dataset

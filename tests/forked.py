@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch._dynamo", "pytest", "cli", "model", "sampler", "runtime", "forked"]
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch._dynamo", "pytest", "common.ranks", "common.run", "model",
+           "sampler", "forked"]
 
 
 def context():
@@ -84,19 +85,19 @@ def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local_ranks), WORLD_SIZE=str(ranks),
                       LOCAL_WORLD_SIZE=str(local_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import runtime
+    from common import ranks
 
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
-    runtime.matmul_peak = lambda *_: 1e12  # a second's measurement, which only the mfu needs
+    ranks.matmul_peak = lambda *_: 1e12  # a second's measurement, which only the mfu needs
     if kill and rank == 0:
-        arm(runtime, *kill)
+        arm(*kill)
     if record:
-        note(runtime, f"{record}.{rank}")
+        note(f"{record}.{rank}")
     sys.argv = [script, *flags]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def arm(runtime, point, n):
+def arm(point, n):
     """Make this process kill itself at the n-th passage of a point.
 
     step: gradients are there, the optimizer has not moved.   update: the optimizer has moved, nothing is written.
@@ -104,6 +105,9 @@ def arm(runtime, point, n):
     flushed: a file is written and flushed, not yet renamed.  renamed: a file has just been renamed into its place.
     SIGTERM, SIGINT: no kill but this signal, once the n-th step is recorded.
     """
+    from common import ranks
+    from common.run import Run
+
     def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -122,10 +126,10 @@ def arm(runtime, point, n):
         return lambda original, *args, **kwargs: (original(*args, **kwargs), action())
 
     owner, name, action = {
-        "step": (runtime, "clip_gradients", die), "update": (runtime.Run, "record", die),
-        "line": (runtime.Run, "write", half_a_line), "bytes": (torch, "save", half_a_file),
+        "step": (ranks, "clip_gradients", die), "update": (Run, "record", die),
+        "line": (Run, "write", half_a_line), "bytes": (torch, "save", half_a_file),
         "flushed": (os, "replace", die), "renamed": (os, "replace", then(die)),
-    }.get(point) or (runtime.Run, "record", then(lambda: os.kill(os.getpid(), signal.Signals[point])))
+    }.get(point) or (Run, "record", then(lambda: os.kill(os.getpid(), signal.Signals[point])))
     original, calls = getattr(owner, name), [0]
 
     def replacement(*args, **kwargs):
@@ -135,14 +139,17 @@ def arm(runtime, point, n):
     setattr(owner, name, replacement)
 
 
-def note(runtime, path):
+def note(path):
     """Save to `path` what this rank did:
 
     gradients {name: tensor} per step, of the global batch, before they are clipped;  held: bytes of parameters on this
     rank;  waits [(step, method)]: where Python read a number off a tensor, which is where a GPU would be waited for.
     """
+    from common import ranks
+    from common.run import Run
+
     notes, steps, here = {"gradients": [], "held": 0, "waits": []}, [0], threading.main_thread()
-    micro_batches, clip, close = runtime.Machine.micro_batches, runtime.clip_gradients, runtime.Run.close
+    micro_batches, clip, close = ranks.Machine.micro_batches, ranks.clip_gradients, Run.close
 
     def noted_batches(*args):
         found = micro_batches(*args)
@@ -167,7 +174,7 @@ def note(runtime, path):
             return original(self, *args)
         return replacement
 
-    runtime.Machine.micro_batches, runtime.clip_gradients, runtime.Run.close = (
+    ranks.Machine.micro_batches, ranks.clip_gradients, Run.close = (
         noted_batches, noted_gradients, noted_close)
     for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
         setattr(torch.Tensor, method, noted_wait(method, getattr(torch.Tensor, method)))

@@ -33,7 +33,7 @@ EXCESS = "clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)"
 LAMBDA = "excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)"
 SUMS = "sums += domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess)"
 REDUCE = "loss_sum, excess_sum, count = machine.all_reduce(sums)"
-RATE = "lr = runtime.set_learning_rate(optimizer, step, args)"
+RATE = "lr = set_learning_rate(optimizer, step, args)"
 BACKWARD = "(token_weight[domain] * token_loss.sum(dim=1)).sum().backward()"
 
 MUTATIONS = [
@@ -70,18 +70,18 @@ MUTATIONS = [
      "            r.lerp_(getattr(p, 'full_tensor', p.detach)().detach(), 0.01)\n"),
     ("batches are drawn with alpha", UPDATE, UPDATE + "\n        sampler.weights = alpha.cpu().numpy()"),
     ("the schedule is a step behind", RATE, RATE.replace("step,", "step - 1,")),
-    ("the proxy starts at the reference's parameters", "runtime.load_parameters(model, model.initial_parameters())",
-     'runtime.load_parameters(model, checkpoint["model"].items())')),
+    ("the proxy starts at the reference's parameters", "ranks.load_parameters(model, model.initial_parameters())",
+     'ranks.load_parameters(model, checkpoint["model"].items())')),
     *group(REFERENCE, SHARDING,
     ("the loss of a micro-batch is its mean", "(token_loss.sum() / tokens_per_step).backward()",
      "token_loss.mean().backward()")),
-    *group("runtime.py", EXACTNESS,
+    *group("common/run.py", EXACTNESS,
     ("the gradient is not clipped", "grad_clip or math.inf", "math.inf"),
     ("norms' weights decay", '"weight_decay": 0.0}', '"weight_decay": args.weight_decay}')),
     *group("model.py", EXACTNESS,
     ("every query head reads the first key head", "q, k, v = (t.transpose(1, 2) for t in (q, k, v))",
      "q, k, v = (t.transpose(1, 2) for t in (q, k[:, :, :1].expand_as(k), v))")),
-    *group("runtime.py", SHARDING,
+    *group("common/ranks.py", SHARDING,
     ("gradients are averaged over ranks", "module.set_gradient_divide_factor(1.0)", "pass"),
     ("gradients do not cross between nodes", "model.set_requires_all_reduce(i == len(micro_batches))",
      "model.set_requires_all_reduce(False)"),
@@ -93,7 +93,7 @@ MUTATIONS = [
     ("every step reads the gradient's norm", "self.pending.append((step, tensors))",
      "self.pending.append((step, tensors))\n        self.check_finite()"),
     ("ranks resume from different steps", "if high != -low:", "if False:")),
-    *group("runtime.py", f"{EXACTNESS} {SHARDING}",
+    *group("common/ranks.py", f"{EXACTNESS} {SHARDING}",
     ("gradients are summed in the compute dtype",
      "exact = torch.float64 if machine.dtype == torch.float64 else torch.float32", "exact = torch.float32")),
     *group("sampler.py", f"{SAMPLER} {EXACTNESS}",
@@ -114,7 +114,7 @@ MUTATIONS = [
      "index[start : start + batch_size * world_size : world_size]"),
     ("ranks evaluate different numbers of batches", "        rows = np.stack([",
      "        if not part:\n            return\n        rows = np.stack([")),
-    *group("runtime.py", f"{SHARDING} {RESUME}",
+    *group("common/run.py", f"{SHARDING} {RESUME}",
     ("every step asks whether to stop", "if not self.is_due(step, self.args.log_interval):", "if False:")),
     *group(PROXY, RESUME,
     ("alpha is not restored", "alpha = alpha_history[step - 1].clone()", "pass"),
@@ -127,7 +127,7 @@ MUTATIONS = [
     ("the schedule is off by one on resumption", RATE, RATE.replace("step,", "step - bool(run.checkpoint),")),
     ("a signal writes no checkpoint", "if run.is_due(step, args.save_interval) or stop:",
      "if run.is_due(step, args.save_interval):")),
-    *group("runtime.py", RESUME,
+    *group("common/run.py", RESUME,
     ("the optimizer is not restored", 'optimizer.load_state_dict(self.checkpoint["optimizer"])', "pass"),
     ("the sampler is not restored", 'sampler.load_state_dict(self.checkpoint["sampler"])', "pass"),
     ("the parameters are not restored", 'load_parameters(model, self.checkpoint["model"].items())', "pass"),
@@ -142,7 +142,7 @@ MUTATIONS = [
     ("the state saved is that of the batch ahead",
      'return {"step": self.state["step"], "drawn": list(self.state["drawn"])}',
      "return dict(self.ahead.result().state if self.ahead else self.state)")),
-    *group("runtime.py", BAD_INPUT,
+    *group("common/run.py", BAD_INPUT,
     ("only the last step has to be finite", "self.pending.append((step, tensors))",
      "self.pending = [(step, tensors)]"),
     ("a run is resumed under other flags", "if before != value:", "if False:"),

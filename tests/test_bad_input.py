@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, edit, read_metrics, refused, run_here, write_dataset
 
-import runtime
+from common import ranks
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
 BEGUN = {"flags.txt", "config.json", "metrics.jsonl"}
@@ -177,7 +177,7 @@ def test_too_large_a_learning_rate(tmp_path, world, rate, what, log_interval):
 
 def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
     """Step 6 has a gradient that is not finite: step 4's checkpoint is kept, and resumes."""
-    calls, clip = [0], runtime.clip_gradients
+    calls, clip = [0], ranks.clip_gradients
 
     def spoilt(model, grad_clip):
         calls[0] += 1
@@ -185,7 +185,7 @@ def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
             next(model.parameters()).grad[3, 5] = float("inf")
         return clip(model, grad_clip)
 
-    monkeypatch.setattr(runtime, "clip_gradients", spoilt)
+    monkeypatch.setattr(ranks, "clip_gradients", spoilt)
     proxy_refused(tmp_path, world.reference, mentions=["step 6", "gradient"], begun=True)
     checkpoint = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
     assert checkpoint["step"] == 4 and all(value.isfinite().all() for value in checkpoint["model"].values())

@@ -12,11 +12,11 @@ from conftest import run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
-import runtime
 import train_doremi
 import train_large
 import train_reference
+from common import cli, ranks
+from train_reference import resolve_flags
 
 
 def parser():
@@ -130,7 +130,7 @@ def test_the_proxy_inherits_from_the_reference_but_for_its_seed(tmp_path, monkey
 def resolved(**changes):
     args = Namespace(learning_rate=0.01, min_lr=None, warmup_steps=None, max_steps=150, device="cpu", dtype="float32")
     vars(args).update(changes)
-    runtime.resolve_flags(args)
+    resolve_flags(args)
     return args
 
 
@@ -143,13 +143,13 @@ def test_defaults_that_depend_on_others():
 
 
 def test_compile_is_decided_by_the_length_of_the_run(monkeypatch):
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(ranks.shutil, "which", lambda name: "/usr/bin/" + name)
 
     def decide(flops, **flags):
         flags = {"device": "cpu", "dtype": "float32", "compile": None, **flags}
-        return runtime.decide_compile(Namespace(**flags), flops)
+        return ranks.decide_compile(Namespace(**flags), flops)
 
     assert decide(1e15) and not decide(1e12) and decide(1e12, device="cuda") and not decide(1e15, dtype="float64")
     assert decide(1e12, compile=True) and not decide(1e15, compile=False)
-    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    monkeypatch.setattr(ranks.shutil, "which", lambda name: None)
     assert not decide(1e15)  # no compiler

@@ -24,7 +24,7 @@ from conftest import (
 )
 
 import sampler
-from tokenizer import load_tokenizer
+from common.tokenizer import load_tokenizer
 
 UNICODE = ["", "\n\n \t\r\n", "naïve café", "漢字かな交じり文", "e\u0301 vs é", "עברית", "x" * 5000, "don't I'LL",
            "\x00\x7f", "\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f", "\U0001d518 ½", "\u200b\ufeff\u2028", "1234"]
@@ -139,7 +139,7 @@ def link(tmp_path, write, *names):
     (tmp_path / "raw").mkdir()
     for name in names:
         write(tmp_path / "raw", name)
-    prepare_in(tmp_path, "raw --tokenizer=bytes", script="link.py")
+    prepare_in(tmp_path, "raw --tokenizer=bytes", script="tools/link.py")
     return sampler.load_dataset(tmp_path / "data/raw", WINDOW)
 
 
@@ -206,5 +206,5 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
 def test_bad_token_files(tmp_path, write, named):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw")
-    refused(tmp_path / "raw", named, "link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
+    refused(tmp_path / "raw", named, "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
     assert not list(tmp_path.glob("data/*"))

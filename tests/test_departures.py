@@ -1,18 +1,16 @@
 """experiments/exactness.py: its exact variant is what train_doremi.py computes, and the others are not."""
 
-import sys
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT, TINY, read_alpha
+from conftest import TINY, read_alpha
 from forked import run_forked
 
-import runtime
+from common import ranks
+from common.run import load_finished
+from experiments import exactness
 from model import Transformer
 from sampler import load_dataset
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import exactness
 
 
 def test_exact_variant_is_the_product_and_the_others_are_not(tmp_path, data_dir):
@@ -21,9 +19,9 @@ def test_exact_variant_is_the_product_and_the_others_are_not(tmp_path, data_dir)
     run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={tmp_path}/proxy", "--no-compile")
     product = read_alpha(tmp_path / "proxy")
 
-    config, checkpoint = runtime.load_finished(reference, ("reference",))
+    config, checkpoint = load_finished(reference, ("reference",))
     args = Namespace(**config["flags"] | {"step_size": 1.0, "smoothing": 1e-3})
-    machine = runtime.setup(args)
+    machine = ranks.setup(args)
     dataset = load_dataset(data_dir, config["model"]["block_size"])
     frozen = Transformer.load(config, checkpoint["model"], machine.dtype).freeze()
     alphas = {variant: exactness.train_proxy(variant, frozen, dataset, machine, args, seed=2)

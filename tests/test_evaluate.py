@@ -11,7 +11,7 @@ import torch
 from conftest import edit, prose, refused, run_here, write_texts
 
 import evaluate
-import runtime
+from common.run import load_finished
 from model import Transformer
 from sampler import load_dataset
 
@@ -40,7 +40,7 @@ def evaluations(run):
 
 def bits_by_hand(run, windows):
     """Bits of each token but the first of each window, each on its own: no batches, padding or sorting."""
-    config, checkpoint = runtime.load_finished(run, ("reference",))
+    config, checkpoint = load_finished(run, ("reference",))
     model = Transformer.load(config, checkpoint["model"], torch.float64)
     with torch.no_grad():
         return [model(torch.tensor([list(map(int, ids))]))[0].numpy() / math.log(2) for ids in windows]

@@ -1,15 +1,11 @@
 """The arithmetic with which the experiments are read."""
 
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "experiments"))
-import profit
-import theory
+from experiments import profit, theory
 
 
 def test_mixtures_deal_the_counts_out_in_reverse():

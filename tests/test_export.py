@@ -14,11 +14,11 @@ import tiktoken
 import torch
 from conftest import edit, prose, refused, run_here, write_texts
 
-import export_hf
-import runtime
+from common.run import load_finished
+from common.tokenizer import PATTERN, load_tokenizer
 from model import Transformer
 from sampler import load_dataset
-from tokenizer import PATTERN, load_tokenizer
+from tools import export_hf
 
 tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
 T = 32
@@ -30,7 +30,7 @@ def train_and_export(root, *prepare_flags):
     run_here("train_reference.py", f"--data_dir={root / 'data'}", f"--out_dir={root / 'run'}", "--max_steps=20",
              f"--block_size={T}", "--n_layer=2", "--n_head=4", "--n_kv_head=2", "--n_embd=48", "--n_ffn=80",
              "--batch_size=8", "--eval_interval=99", "--no-compile", "--dtype=float32")
-    run_here("export_hf.py", root / "run", root / "hf")
+    run_here("tools/export_hf.py", root / "run", root / "hf")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def check_ids(place, spec, name, texts):
 
 
 def test_losses_and_greedy_text_are_the_runs_own(place):
-    config, checkpoint = runtime.load_finished(place / "run", ("reference",))
+    config, checkpoint = load_finished(place / "run", ("reference",))
     ours = Transformer.load(config, checkpoint["model"], torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32).eval()
     tokens = torch.from_numpy(np.concatenate(load_dataset(place / "data", T).val).astype(np.int64))
@@ -119,10 +119,10 @@ def test_patterns_that_mean_something_else_to_the_other_engine():
 def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
     run = shutil.copytree(place / "run", tmp_path / "run")
     edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
-    refused(tmp_path, ["unfinished (20 of 99 steps)"], "export_hf.py", run, tmp_path / "new")
-    refused(place, [f"{place}/hf"], "export_hf.py", place / "run", place / "hf")
+    refused(tmp_path, ["unfinished (20 of 99 steps)"], "tools/export_hf.py", run, tmp_path / "new")
+    refused(place, [f"{place}/hf"], "tools/export_hf.py", place / "run", place / "hf")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    refused(tmp_path, ["safetensors", "pip install"], "export_hf.py", place / "run", tmp_path / "new")
+    refused(tmp_path, ["safetensors", "pip install"], "tools/export_hf.py", place / "run", tmp_path / "new")
 
 
 TASK = """

@@ -19,7 +19,7 @@ def loop(lines):
     return lines[start:end]
 
 
-def test_scripts_and_loops_differ_in_few_lines():
+def test_loops_differ_in_few_lines():
     a, b = loop(REFERENCE), loop(PROXY)
     assert len(a) >= 25 and len(b) > 40  # all of each was found
-    assert changed(REFERENCE, PROXY) <= 120 and changed(a, b) <= 35
+    assert changed(a, b) <= 35

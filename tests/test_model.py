@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 import model
-import runtime
 import train_reference
+from common import ranks
 from model import Attention, ModelConfig, Transformer, rotary_table
 
 SMALL = ModelConfig(vocab_size=61, block_size=12, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, n_ffn=40)
@@ -157,7 +157,7 @@ def test_a_model_from_the_meta_device_is_the_same_but_for_its_parameters():
     with torch.device("meta"):
         empty = Transformer(SMALL, torch.float64)
     filled, whole = empty.to_empty(device="cpu"), build()
-    runtime.load_parameters(filled, whole.state_dict().items())
+    ranks.load_parameters(filled, whole.state_dict().items())
     assert torch.equal(filled(random_tokens()), whole(random_tokens()))
     config = ModelConfig(vocab_size=500, block_size=8, n_layer=8, n_head=2, n_kv_head=2, n_embd=64, n_ffn=64)
     for name, value in build(config, torch.float32).state_dict().items():

@@ -15,7 +15,7 @@ from forked import run_forked
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [re.sub(r" +", " ", line.strip()) for line in re.findall(r"^    python (.*)$", README, re.MULTILINE)]
-PIPELINE = COMMANDS[: [command.startswith("export_hf.py") for command in COMMANDS].index(True) + 1]
+PIPELINE = COMMANDS[: [command.startswith("-m tools.export_hf") for command in COMMANDS].index(True) + 1]
 
 
 def test_commands_run_on_a_small_data_set(tmp_path):
@@ -30,8 +30,9 @@ def test_commands_run_on_a_small_data_set(tmp_path):
     small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY,
              "train_doremi.py": [flag for flag in TINY if flag.startswith(("--eval", "--log", "--save", "--no-"))]}
     for command in PIPELINE[1:]:
-        if command.startswith("export_hf.py"):
+        if command.startswith("-m "):
             pytest.importorskip("transformers")
+        command = re.sub(r"^-m tools\.(\w+)", r"tools/\1.py", command)
         script, *flags = re.sub(r"\b(data|checkpoints|hf)/", rf"{tmp_path}/\1/", command).split()
         run_forked(script, *flags, *small.get(script, []))
     answer = json.loads((tmp_path / "checkpoints/proxy/weights.json").read_text())["domain_weights"]
@@ -52,7 +53,7 @@ def test_demo_runs_the_commands(tmp_path):
     subprocess.run(["./demo.sh"], cwd=tmp_path, check=True, env={**os.environ, "PYTHON": "false"})
     ran = [line.removesuffix(" --resume") for line in (tmp_path / "ran").read_text().splitlines()]
     for command in PIPELINE:
-        assert command in ran or command.startswith(("compare.py", "evaluate.py", "export_hf.py"))
+        assert command in ran or command.startswith(("compare.py", "evaluate.py", "-m "))
     (compared,) = [line for line in ran if line.startswith("compare.py")]
     assert all(f"--out_dir={run}" in " ".join(ran) for run in compared.split()[1:])
 

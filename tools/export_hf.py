@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-import cli
-from cli import UserError
+from common import cli
+from common.cli import UserError
+from common.files import staged
+from common.tokenizer import EOT, data_tokenizer
 from evaluate import load_runs
 from model import Transformer
-from prepare import staged
-from tokenizer import EOT, data_tokenizer
 
 try:
     import tokenizers

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cli import ArgumentParser, UserError, positive, run
+from common.cli import ArgumentParser, UserError, positive, run
+from common.tokenizer import load_tokenizer, optional
 from prepare import ABOUT, print_table, staged, write_meta
 from sampler import folder_name
-from tokenizer import load_tokenizer, optional
 
 KINDS = (".bin", ".ds", ".parquet")
 BESIDE = (".idx", ".index", ".metadata", ".loss")

@@ -11,8 +11,7 @@ import pytest
 from conftest import TINY, read_metrics, run_here
 from forked import run_forked
 
-import cli
-import runtime
+from common.run import MACHINE_FLAGS, PATH_FLAGS, Run, identity, read_config
 
 WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two runs of the same
 DOMAINS = ["counting", "simple", "rich", "small"]
@@ -72,28 +71,28 @@ def test_a_run_repeats_from_its_own_directory(runs, script, name):
 
 def test_identity_is_what_makes_a_run_this_experiment(runs):
     """Every flag but those of places and machines; two domains may be called as the config's own sections are."""
-    config = runtime.read_config(runs.proxy)
-    found = runtime.identity(config)
-    same = {*cli.MACHINE_FLAGS, *cli.PATH_FLAGS}  # of paths and weights, what they lead to is compared
+    config = read_config(runs.proxy)
+    found = identity(config)
+    same = {*MACHINE_FLAGS, *PATH_FLAGS}  # of paths and weights, what they lead to is compared
     assert "batch_size" not in same and "dtype" not in same and len(same) == 15
     for name in config["flags"]:
         changed = {**config, "flags": {**config["flags"], name: "another"}}
-        assert (runtime.identity(changed) == found) == (name in same), name
-    assert runtime.identity({**config, "versions": {}, "device": "cuda", "world_size": 8}) == found
+        assert (identity(changed) == found) == (name in same), name
+    assert identity({**config, "versions": {}, "device": "cuda", "world_size": 8}) == found
     for domain in ("reference", "data", "out_dir", "device"):
         for section, name in (("sampling_weights", None), ("data", "train_tokens")):
             marked = json.loads(json.dumps(config))
             (marked[section][name] if name else marked[section])[domain] = 5
-            assert runtime.identity(marked) != found, (domain, section)
+            assert identity(marked) != found, (domain, section)
 
 
 def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
     """Under one id; its offline files hold every number as JSON."""
     pytest.importorskip("wandb")
-    out, record = runs.directory / "logged", runtime.Run.record
+    out, record = runs.directory / "logged", Run.record
     flags = [f"@{runs.proxy}/flags.txt", f"--out_dir={out}", "--wandb=offline"]
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.Run, "record", lambda run, step, **tensors: (
+        patch.setattr(Run, "record", lambda run, step, **tensors: (
             record(run, step, **tensors), step == 5 and signal.raise_signal(signal.SIGTERM)))
         run_here("train_doremi.py", *flags, status=143)
     run_here("train_doremi.py", *flags, "--resume")

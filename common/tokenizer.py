@@ -13,7 +13,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from cli import UserError
+from common.cli import UserError
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json, in this order

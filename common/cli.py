@@ -1,0 +1,98 @@
+"""The command line: flags, each once with unit and default, and bad input in one line with exit status 2."""
+
+import argparse
+import json
+import math
+import shlex
+import sys
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can fix.
+
+    The message is one line: what is wrong, where (file, flag, domain), what was found, what to do. Programming errors
+    are never wrapped in it: they keep their traceback.
+    """
+
+
+def run(main, leave=lambda: None):
+    """Call main().  Turn a UserError, and what the operating system refuses, into one line and exit status 2, after
+    leave()."""
+    try:
+        main()
+    except (UserError, OSError) as error:
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # so that the error has a line of its own
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        leave()
+        sys.exit(2)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with @FILE (several words, '# comments' and blank lines allowed) and errors in one line, status 2."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter,
+                         epilog="@FILE reads flags from a file, e.g. @configs/official_120m.txt; later flags win.")
+        self.files = []
+
+    def _read_args_from_files(self, arg_strings):
+        self.files += [arg[1:] for arg in arg_strings if arg.startswith("@")]
+        return super()._read_args_from_files(arg_strings)
+
+    def convert_arg_line_to_args(self, line):
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"{error} in the line: {line.strip()}")
+
+    def error(self, message):
+        where = f" (flags were also read from {', '.join(self.files)})" if self.files else ""
+        self.exit(2, f"{self.prog}: error: {message}{where}; see --help\n")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive whole number")
+    return value
+
+
+def natural(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is not a whole number from 0 to 2**63 - 1")
+    return value
+
+
+def non_negative(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number >= 0")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
+    return value
+
+
+def flag_lines(args):
+    """The flags in the form that @FILE reads back, --resume left out: a fresh run of the same."""
+    lines = []
+    for name, value in sorted(vars(args).items()):
+        if isinstance(value, bool):
+            lines += [] if name == "resume" else [f"--{name}" if value else f"--no-{name}"]
+        elif value is not None:
+            lines.append(f"--{name}={shlex.quote(str(value))}")
+    return "\n".join(lines) + "\n"
+
+
+def shown(value, width=200):
+    text = json.dumps(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
