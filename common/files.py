@@ -1,29 +1,144 @@
-"""Files that appear whole or not at all.  It imports neither torch nor anything of ranks."""
+"""Files that are read with care and written whole.  It imports neither torch nor anything of ranks."""
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import signal
 import sys
+import uuid
+from pathlib import Path
 
-from common.cli import UserError
+from common.cli import UserError, shown
+
+# ---- reading: what a file says is checked once, here ----
+
+
+def read_json(path, schema, remedy):
+    """Return the value in a JSON file, which must fit `schema` (see `misfit`).
+
+    Raises UserError, which ends in `remedy`: what the user can do.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({shorter(error)}); {remedy}") from None
+    if fault := misfit(value, schema):
+        raise UserError(f"{path}: {fault}; {remedy}")
+    return value
+
+
+def json_lines(path):
+    """Yield (number from 1, value) of the lines of a file of JSON lines; ValueError in place of a value that is none.
+
+    A line ends at \\n alone: other line separators may stand within a string.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                yield number, ValueError(shorter(error))
+
+
+def unique_names(pairs):
+    """Make an object of JSON.  Raises ValueError where a name stands twice: json takes the last in silence."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} stands twice")
+    return dict(pairs)
+
+
+def misfit(value, schema, place=""):
+    """Say in what a JSON value does not fit a schema, or return None.
+
+    schema: a type (float: any finite number; int: no bool), a tuple of schemas of which one must fit, None, [schema]
+    for a list, {str: schema} for an object with any names, {"name": schema, ...} for one that has at least these, or
+    a function that tells whether the value is good and whose docstring says what is.
+    """
+    where = place or "the whole"
+    if isinstance(schema, tuple):
+        faults = [misfit(value, each, place) for each in schema]
+        return None if None in faults else faults[-1]
+    if schema is None:
+        return None if value is None else f"{where} is {shown(value, 60)}, expected null"
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return f"{where} is {shown(value, 60)}, expected a list"
+        faults = (misfit(item, schema[0], f"{place}[{i}]") for i, item in enumerate(value))
+        return next(filter(None, faults), None)
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return f"{where} is {shown(value, 60)}, expected an object"
+        expected = dict.fromkeys(value, schema[str]) if str in schema else schema
+        for name, part in expected.items():
+            if name not in value:
+                return f"{where} lacks {name!r}"
+            if fault := misfit(value[name], part, f"{place}.{name}" if place else name):
+                return fault
+        return None
+    if schema is float:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    elif isinstance(schema, type):
+        good = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
+    else:
+        good = schema(value)
+    kind = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false"}
+    return None if good else f"{where} is {shown(value, 60)}, expected {kind.get(schema) or schema.__doc__}"
+
+
+def count(value):
+    """a whole number from 0 to 2**62"""
+    return type(value) is int and 0 <= value <= 2**62
+
+
+def positive_count(value):
+    """a whole number from 1 to 2**62"""
+    return count(value) and value > 0
+
+
+def shorter(error, width=120):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+# ---- writing: a file or a folder appears whole or not at all ----
 
 
 def write_atomically(path, content):
-    """Write a file that appears whole or not at all.  content: a string, or a function that writes to a binary file."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a file that appears whole or not at all.  content: a string, or a function that writes to a binary file.
+
+    Raises UserError for what the system says of this file: a full disk, a missing right.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else content(file)
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError | RuntimeError):  # torch.save reports a full disk as the latter
-            raise UserError(f"{path} could not be written ({error}); choose another --out_dir") from None
+        if is_of_the_file(error):
+            raise UserError(f"{path} could not be written ({shorter(error)}); free space or choose another place, "
+                            "then run the same command again; training continues with --resume") from None
         raise
+
+
+def is_of_the_file(error):
+    """Whether an error is the system's about the file.  torch.save hides a full disk in a RuntimeError of its writer."""
+    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+
 
 @contextlib.contextmanager
 def staged(out_dir):
@@ -41,3 +156,8 @@ def staged(out_dir):
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def finite(value):
+    """Return a float as JSON can have it: None in place of NaN and infinities."""
+    return float(value) if math.isfinite(value) else None
