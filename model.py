@@ -123,25 +123,41 @@ class Block(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 
+def chunk_loss(x, weight, targets):
+    """x (N, D), weight (V, D), targets (N,) -> log of the softmax's denominator, logit of the target: (N,) each."""
+    logits = full_precision(x @ weight.T)  # (N, V)
+    return logits.logsumexp(-1), logits.gather(-1, targets[:, None])[:, 0]
+
+
+def chunk_gradients(x, weight, targets, log_z, grad_loss):
+    """Gradients of a chunk's losses: by x (N, D) and by weight (V, D)."""
+    p = (full_precision(x @ weight.T) - log_z[:, None]).exp()  # the softmax: (N, V)
+    onehot = torch.arange(len(weight), device=x.device) == targets[:, None]
+    grad_logits = ((p - onehot.to(p.dtype)) * grad_loss[:, None]).to(x.dtype)
+    return grad_logits @ weight, grad_logits.T @ x
+
+
 class TokenLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, token by token, with the logits of only a chunk of tokens alive at a time.
 
     x (B, T, D) in the compute dtype, weight (V, D), targets (B, T) int64 -> losses (B, T) in nats, float32 or float64.
     Nothing of size (B * T, V) is kept for the backward pass: it computes each chunk's logits again, one more matrix
-    product of the head in exchange for B * T * V floats of memory traffic.
+    product of the head in exchange for B * T * V floats of memory traffic.  loss, gradients: chunk_loss and
+    chunk_gradients, or these compiled.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
+    def forward(ctx, x, weight, targets, loss, gradients):
         w = weight.to(x.dtype)
         chunk = loss_chunk(x, len(w))
         log_z, target_logit = [], []
         for x_c, targets_c in zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
-            logits = full_precision(x_c @ w.T)  # (chunk, V)
-            log_z.append(logits.logsumexp(-1))
-            target_logit.append(logits.gather(-1, targets_c[:, None])[:, 0])
+            log_z_c, target_logit_c = loss(x_c, w, targets_c)
+            log_z.append(log_z_c)
+            target_logit.append(target_logit_c)
         log_z = torch.cat(log_z)
         ctx.save_for_backward(x, weight, targets, log_z)
+        ctx.gradients = gradients
         return log_z.view(targets.shape) - torch.cat(target_logit).view(targets.shape)
 
     @staticmethod
@@ -152,12 +168,10 @@ class TokenLoss(torch.autograd.Function):
         grad_x, grad_weight = [], torch.zeros_like(weight)
         parts = zip(*(t.split(chunk) for t in (x.flatten(0, 1), targets.flatten(), log_z, grad_loss.flatten())))
         for x_c, targets_c, log_z_c, grad_c in parts:
-            p = (full_precision(x_c @ w.T) - log_z_c[:, None]).exp()  # the softmax: (chunk, V)
-            onehot = torch.arange(len(w), device=x.device) == targets_c[:, None]
-            grad_logits = ((p - onehot.to(p.dtype)) * grad_c[:, None]).to(x.dtype)
-            grad_x.append(grad_logits @ w)
-            grad_weight += grad_logits.T @ x_c
-        return torch.cat(grad_x).view_as(x), grad_weight, None
+            grad_x_c, grad_weight_c = ctx.gradients(x_c, w, targets_c, log_z_c, grad_c)
+            grad_x.append(grad_x_c)
+            grad_weight += grad_weight_c
+        return torch.cat(grad_x).view_as(x), grad_weight, None, None, None
 
 
 def loss_chunk(x, vocab_size):
@@ -181,6 +195,7 @@ class Transformer(nn.Module):
             self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
             self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
+        self.loss, self.gradients = chunk_loss, chunk_gradients
         self.register_buffer("rotary", self.make_rotary(), persistent=False)
         for block in self.blocks:
             block.recompute = recompute
@@ -218,16 +233,26 @@ class Transformer(nn.Module):
         x = self.embedding(inputs).to(self.dtype)  # (B, T, D)
         for block in self.blocks:
             x = block(x, self.rotary)
-        return TokenLoss.apply(self.norm(x), self.embedding.weight, targets)
+        return TokenLoss.apply(self.norm(x), self.embedding.weight, targets, self.loss, self.gradients)
+
+    def compile_parts(self):
+        """Compile the blocks and the loss of a chunk, each by itself: what stands between them may break a graph."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.loss = torch.compile(chunk_loss, dynamic=False)
+        self.gradients = torch.compile(chunk_gradients, dynamic=False)
 
     @classmethod
     def load(cls, config, parameters, dtype):
-        """The model of a finished run.  config: its config.json; parameters: those of its checkpoint."""
-        model = cls(ModelConfig(**config["model"]), dtype)
+        """The model of a finished run.  config: its config.json; parameters: those of its checkpoint, which are not
+        copied.  Raises UserError where they do not fit."""
+        with torch.device("meta"):  # no initial values are drawn
+            model = cls(ModelConfig(**config["model"]), dtype)
         try:
-            model.load_state_dict(parameters)
+            model.load_state_dict(parameters, assign=True)
         except RuntimeError:
             raise UserError(f"the checkpoint does not match the shape in its config.json: {config['model']}") from None
+        model.rotary = model.make_rotary()
         return model
 
     def freeze(self):

@@ -7,8 +7,8 @@ This file knows nothing of models.
 Dimensions: K domains, B sequences of the global batch, T tokens of a window (block_size).
 """
 
+import contextlib
 import hashlib
-import json
 import urllib.parse
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError, shown
+from common.files import count, misfit, positive_count, read_json
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
 
@@ -52,7 +53,7 @@ class Dataset:
     def check_same_data(self, run, config):
         """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
         here, there = self.describe(self.token_counts())["data"], config["data"]
-        for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "train_tokens"):
+        for name in here.keys() - {"data_dir"}:
             if here[name] != there[name]:
                 raise UserError(f"{run} was trained with {name} {shown(there[name])}, but {self.directory} has "
                                 f"{shown(here[name])}; give the data that it was trained on")
@@ -73,29 +74,46 @@ class Dataset:
                 "val_loss_mean": float(val_loss.mean()), "val_loss_worst": float(val_loss.max())}
 
 
+def token_type(value):
+    """uint16 or uint32"""
+    return value in ("uint16", "uint32")
+
+
+DOMAIN = {"train_tokens": count, "val_tokens": positive_count, "val_bytes": positive_count}
+META = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": positive_count, "eot_token": count,
+        "dtype": token_type, "domains": {str: DOMAIN}}
+
+
 def load_dataset(directory, block_size):
     """Map data/NAME as windows of block_size + 1 tokens.  Raises UserError for whatever does not fit meta.json."""
     path = Path(directory) / "meta.json"
-    try:
-        meta = json.loads(path.read_text())
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        domains = tuple(meta["domains"])
-        sizes = {split: [int(c[f"{split}_tokens"]) for c in meta["domains"].values()] for split in ("train", "val")}
-        meta["tokenizer"], meta["tokenizer_sha256"]  # what a run records
-        if not domains or not 0 < meta["vocab_size"] <= np.iinfo(dtype).max + 1:
-            raise ValueError(f"{len(domains)} domains, vocab_size {meta['vocab_size']} in {meta['dtype']}")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not JSON, or lacks or garbles something ({type(error).__name__}: {error}); prepare "
-                        "the data set again") from None
-    splits = {split: [] for split in sizes}
-    for split, windows in splits.items():
-        for name, n_tokens in zip(domains, sizes[split]):
-            size = meta["domains"][name].get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see link.py
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first")
+    meta = read_json(path, META, "prepare the data set again")
+    dtype, domains = np.dtype(meta["dtype"]).newbyteorder("<"), tuple(meta["domains"])
+    if not domains or meta["vocab_size"] > np.iinfo(dtype).max + 1:
+        raise UserError(f"{path} has {len(domains)} domains and vocab_size {meta['vocab_size']} in {meta['dtype']}; "
+                        "prepare the data set again")
+    allow_open_files(2 * len(domains) + 100)  # every map holds one
+    splits = {"train": [], "val": []}
+    for name, counts in meta["domains"].items():
+        for split, windows in splits.items():
             file = path.parent / folder_name(name) / f"{split}.bin"
+            n_tokens = counts[f"{split}_tokens"]
+            size = counts.get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see tools/link.py
             windows.append(map_windows(file, size, n_tokens, dtype, block_size))
     return Dataset(str(directory), meta, block_size, domains, tuple(splits["train"]), tuple(splits["val"]))
+
+
+def allow_open_files(n):
+    """Raise this process's limit of open files to n, as far as the system lets it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has neither the module nor the limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def folder_name(domain):
@@ -110,14 +128,19 @@ def map_windows(path, size, n_tokens, dtype, block_size):
     """
     if not path.exists():
         raise UserError(f"{path} is missing, though meta.json lists it; prepare the data set again")
-    if (found := path.stat().st_size) != size:
-        raise UserError(f"{path} has {found:,} bytes where meta.json promises {size:,}: it is truncated or not the "
-                        "prepared file; prepare the data set again")
+    found = path.stat().st_size
+    if found != size or n_tokens * dtype.itemsize > found:
+        raise UserError(f"{path} has {found:,} bytes where meta.json promises {size:,} for {n_tokens:,} tokens: it is "
+                        "truncated or not the prepared file; prepare the data set again")
     n = (n_tokens - 1) // block_size
     if n < 1:
         raise UserError(f"{path}: domain '{path.parent.name}' has {n_tokens:,} tokens in {path.name}, fewer than one "
                         f"window of {block_size + 1}; give the domain more text, leave it out, or lower --block_size")
-    tokens = np.memmap(path, dtype=dtype, mode="r")
+    try:
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+    except OSError as error:
+        raise UserError(f"{path} cannot be mapped ({error.strerror}); give this user the right to read it, or allow "
+                        "more open files with: ulimit -n 8192") from None
     strides = (block_size * dtype.itemsize, dtype.itemsize)
     return np.lib.stride_tricks.as_strided(tokens, (n, block_size + 1), strides, writeable=False)
 
@@ -165,27 +188,26 @@ def sampling_weights(spec, dataset, planned_tokens):
     for name, weight in zip(dataset.domains, weights):
         if not (np.isfinite(weight) and weight >= 0):
             raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
-    if weights.sum() <= 0:
-        raise UserError(f"{spec}: all weights are zero; at least one domain must have a positive weight")
+    if not 0 < weights.sum() < np.inf:
+        raise UserError(f"{spec}: the weights sum to {weights.sum()}; at least one domain must have a positive weight, "
+                        "and the sum must be finite")
     return weights / weights.sum()
 
 
 def weights_from_json(path, dataset):
     """{DOMAIN: weight}, or an object that holds that under domain_weights (ours) or train_domain_weights (the official
     repository's).  Matched by name, never by position."""
-    domains = dataset.domains
-    try:
-        content = json.loads(path.read_text())
-        provenance = content.get("provenance")
-        weights = content.get("domain_weights", content.get("train_domain_weights", content))
-        unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
-        if odd := {name: weight for name, weight in weights.items() if type(weight) not in (int, float)}:
-            raise ValueError(f"no numbers: {shown(odd)}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected an object {{DOMAIN: weight}} in JSON") from None
+    domains, remedy = dataset.domains, "expected an object {DOMAIN: weight} in JSON"
+    content = read_json(path, dict, remedy)
+    provenance = content.get("provenance")
+    weights = content.get("domain_weights", content.get("train_domain_weights", content))
+    if fault := misfit(weights, {str: float}):
+        raise UserError(f"{path}: {fault}; {remedy}")
+    unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
     if unknown or missing:
-        raise UserError(f"{path} does not match the data's domains: unknown: {unknown}; without a weight: {missing}. "
-                        "Weights are matched by name; give a domain weight 0 to leave it out")
+        raise UserError(f"{path}: domains do not match: only in the weights: {', '.join(unknown) or 'none'}; only in "
+                        f"the data: {', '.join(missing) or 'none'}. Weights are matched by name; give a domain weight "
+                        "0 to leave it out")
     tokenizer = provenance.get("tokenizer_sha256") if isinstance(provenance, dict) else None
     if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
         warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do "
@@ -217,24 +239,23 @@ def round_keys(seed, domain, epoch):
 def permute(index, size, keys):
     """A keyed bijection of range(size), evaluated at index: O(1) memory and start-up for any size up to 2**62.
 
-    index (n,) integers in [0, size); size (n,) or a number; keys (n, 8) or (8,) uint64: every element may belong to
-    another bijection.  Returns (n,) int64.  A Feistel network permutes the next power of four; values outside the range
-    are sent through again until they are inside (cycle walking, Black and Rogaway 2002), which keeps a bijection.
+    index (n,) integers in [0, size); keys (8,) uint64.  Returns (n,) int64.  A Feistel network permutes the next power
+    of four; values outside the range are sent through again until they are inside (cycle walking, Black and Rogaway
+    2002), which keeps a bijection. Up to 2**10 it would reach even permutations only, so those are shuffled.
     """
+    if size <= 1 << 10:
+        return np.random.default_rng(keys.tolist()).permutation(size)[index]
+    bits = int(size - 1).bit_length()
+    half = np.uint64((bits + 1) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
     x = np.array(index, dtype=np.uint64)
-    size = np.broadcast_to(np.asarray(size, dtype=np.uint64), x.shape)
-    keys = np.broadcast_to(keys, (len(x), 8)).T
-    bits = np.frexp((size - np.uint64(1)).astype(np.float64))[1]  # of size - 1
-    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    todo = np.arange(len(x))
-    while len(todo):
-        h, m = half[todo], mask[todo]
-        left, right = x[todo] >> h, x[todo] & m
-        for key in keys[:, todo]:
-            left, right = right, left ^ (scramble(right + key) & m)
-        x[todo] = (left << h) | right
-        todo = todo[x[todo] >= size[todo]]
+    outside = np.ones(len(x), dtype=bool)
+    while outside.any():
+        left, right = x[outside] >> half, x[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (scramble(right + key) & mask)
+        x[outside] = (left << half) | right
+        outside = x >= np.uint64(size)
     return x.astype(np.int64)
 
 
@@ -293,16 +314,18 @@ class Sampler:
         """The global batch that follows `state`: domain (B,), window (B,), and the state after it."""
         generator = np.random.default_rng([self.seed, state["step"]])
         counts = systematic_counts(self.weights, self.batch_size, generator.random())
-        drawn, n_windows = np.array(state["drawn"]), np.array([len(windows) for windows in self.dataset.train])
-        domain = np.repeat(np.arange(len(counts)), counts)  # in order; shuffled below
-        place = np.arange(self.batch_size) - np.repeat(np.cumsum(counts) - counts, counts)  # among those of its domain
-        epoch, index = np.divmod(drawn[domain] + place, n_windows[domain])
-        first = np.flatnonzero(np.diff(domain, prepend=-1) | np.diff(epoch, prepend=-1))  # of each (domain, epoch)
-        keys = np.stack([round_keys(self.seed, self.dataset.domains[i], e)
-                         for i, e in zip(domain[first].tolist(), epoch[first].tolist())])
-        window = permute(index, n_windows[domain], np.repeat(keys, np.diff(first, append=self.batch_size), axis=0))
+        windows, drawn = [], list(state["drawn"])
+        for i, n in enumerate(counts.tolist()):
+            while n > 0:  # once, or once more for every epoch that ends within these n
+                epoch, first = divmod(drawn[i], len(self.dataset.train[i]))
+                taken = min(n, len(self.dataset.train[i]) - first)
+                keys = round_keys(self.seed, self.dataset.domains[i], epoch)
+                windows.append(permute(np.arange(first, first + taken), len(self.dataset.train[i]), keys))
+                drawn[i] += taken
+                n -= taken
+        domain = np.repeat(np.arange(len(counts)), counts)
         shuffle = generator.permutation(self.batch_size)
-        return domain[shuffle], window[shuffle], {"step": state["step"] + 1, "drawn": (drawn + counts).tolist()}
+        return domain[shuffle], np.concatenate(windows)[shuffle], {"step": state["step"] + 1, "drawn": drawn}
 
     def gather(self, state):
         """This rank's slots of the batch that follows `state`, copied out of the memory maps."""
@@ -319,7 +342,8 @@ class Sampler:
             for i in np.unique(domain):
                 check_vocabulary(rows[domain == i], self.dataset.vocab_size,
                                  f"{self.dataset.directory}/{self.dataset.domains[i]}/train.bin")
-        return Batch(tokens, torch.from_numpy(domain), after)
+        domain = torch.from_numpy(domain)
+        return Batch(tokens, domain.pin_memory() if self.pin_memory else domain, after)
 
     def epochs(self):
         """How often each domain has been seen: (K,) float64."""
@@ -377,14 +401,15 @@ def domain_sums(domain, k, dtype, *token_values):
 
 
 @torch.no_grad()
-def held_out_loss(forward, dataset, n_windows, batch_size, machine):
+def held_out_loss(forward, dataset, n_windows, machine):
     """Mean validation loss of each domain in nats per token: (K,) float64 array, the same on all ranks.
 
-    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: ranks.Machine.
+    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: a common.ranks.Machine.
     """
     k = len(dataset.domains)
     sums = torch.zeros(2, k, dtype=machine.sum_dtype, device=machine.device)
-    for tokens, domain in evaluation_batches(dataset, n_windows, batch_size, machine.rank, machine.world_size):
+    batches = evaluation_batches(dataset, n_windows, machine.micro_batch_size, machine.rank, machine.world_size)
+    for tokens, domain in batches:
         token_loss = forward(tokens.to(machine.device).long())
         sums += domain_sums(domain.to(machine.device), k, machine.sum_dtype, token_loss)
     total, count = machine.all_reduce(sums).cpu().double().numpy()

@@ -36,29 +36,26 @@ def add_data_and_model_flags(parser, defaults):
 
 
 def add_optimization_flags(parser, inherited=False):
-    """Flags of training.  inherited: they default to what the reference's run used.  Return their names."""
+    """The recipe.  inherited: the help says that the defaults are what the reference's run used."""
     group = parser.add_argument_group("optimization")
 
-    def add(name, kind, default, meaning, shown="%(default)s"):
-        if inherited and name != "--seed":
-            shown = f"the reference's; with another --max_steps, {shown}" if "max_steps" in shown else "the reference's"
+    def add(name, kind, default, meaning, shown="%(default)s", derived_from=None):
+        if inherited:
+            shown = f"the reference's; with another {derived_from}, {shown}" if derived_from else "the reference's"
         choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
 
     add("--max_steps", cli.positive, 4000, "optimizer steps")
     add("--batch_size", cli.positive, 24, "sequences per step over all ranks")
     add("--learning_rate", cli.non_negative, 3e-3, "peak learning rate")
-    add("--min_lr", cli.non_negative, None, "last learning rate", "a tenth of the peak")
+    add("--min_lr", cli.non_negative, None, "last learning rate", "a tenth of the peak", "--learning_rate")
     add("--lr_schedule", ["cosine", "exponential"], "cosine", "decay after warm-up; exponential is the paper's")
     add("--warmup_steps", cli.natural, None, "steps of linear warm-up",
-        "the paper's 6%% of max_steps, but at least 300, or a third of a shorter run")
+        "the paper's 6%% of max_steps, but at least 300, or a third of a shorter run", "--max_steps")
     add("--weight_decay", cli.non_negative, 0.01, "AdamW's weight decay, on matrices only")
     add("--beta1", cli.fraction, 0.9, "AdamW's decay of the first moment")
     add("--beta2", cli.fraction, 0.99, "AdamW's decay of the second moment")
     add("--grad_clip", cli.non_negative, 1.0, "largest norm of the gradient; 0: no limit")
-    add("--seed", cli.natural, 1, "of the initial weights and of the batches",
-        "the reference's + 1" if inherited else "%(default)s")
-    return [action.dest for action in group._group_actions]
 
 
 def parse_args(description, defaults):
@@ -66,21 +63,18 @@ def parse_args(description, defaults):
     add_data_and_model_flags(parser, defaults)
     add_optimization_flags(parser)
     add_machine_flags(parser, defaults["out_dir"])
+    parser.add_argument("--seed", type=cli.natural, default=1,
+                        help="of the initial parameters and of the batches (default: %(default)s)")
     parser.set_defaults(**defaults)
     return parser.parse_args()
 
 
-def resolve_flags(args):
-    """Fill in the flags that depend on others.  Raises UserError for values that no run can have."""
+def resolve_recipe(args):
+    """Fill in the flags that derive from others.  Raises UserError for values that no run can have."""
     if args.min_lr is None:
         args.min_lr = args.learning_rate / 10
     if args.warmup_steps is None:  # Not in the paper: at least 300 steps, or a third of a run shorter than 900
         args.warmup_steps = max(round(0.06 * args.max_steps), min(300, args.max_steps // 3))
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.dtype == "auto":  # float32 on CPUs: not all multiply bfloat16, and runs should agree between them
-        multiplies = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bfloat16" if multiplies else "float32"
     if not 0 < args.min_lr <= args.learning_rate:
         raise UserError(f"--min_lr={args.min_lr} must be above 0 and at most --learning_rate={args.learning_rate}")
     if not 0 <= args.warmup_steps <= args.max_steps:
@@ -112,7 +106,7 @@ def set_learning_rate(optimizer, step, args):
 
 def train(args, stage):
     """Train from start or checkpoint to end.  stage: "reference" or "large"."""
-    resolve_flags(args)
+    resolve_recipe(args)
     machine = ranks.setup(args)
     dataset = load_dataset(args.data_dir, args.block_size)
     tokens_per_step = args.batch_size * args.block_size
@@ -121,27 +115,27 @@ def train(args, stage):
 
     shape = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn")
     model_config = ModelConfig(dataset.vocab_size, **{name: getattr(args, name) for name in shape})
-    torch.manual_seed(args.seed)
     with torch.device("meta"):
         model = Transformer(model_config, machine.dtype, args.activation_checkpointing)
-    model = ranks.shard(model, machine)
-    ranks.load_parameters(model, model.initial_parameters())
+    flops_per_token = model.flops_per_token()
+    compiled = ranks.decides_to_compile(args, machine, flops_per_token * tokens_per_step * args.max_steps)
+    config = {"stage": stage, "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
+    run = Run(args, machine, config, tokens_per_step, flops_per_token)
+
+    torch.manual_seed(args.seed)
+    forward = ranks.place(model, machine, compiled)
     optimizer = adamw(model, args)
     sampler = Sampler(dataset, weights, args.batch_size, args.seed, machine.rank, machine.world_size,
                       pin_memory=machine.device.type == "cuda")
-    args.compile = ranks.decide_compile(args, model.flops_per_token() * tokens_per_step * args.max_steps)
-    forward = torch.compile(model, dynamic=False) if args.compile else model
+    if run.checkpoint:
+        ranks.load(model, optimizer, run.checkpoint, machine)
+        sampler.load_state_dict(run.checkpoint["sampler"])
 
-    config = {"stage": stage, "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
-    flops_per_token = model.flops_per_token()
-    run = Run(args, machine, config, tokens_per_step, flops_per_token)
-    step = run.restore(model, optimizer, sampler)
-
-    named, stop = dataset.by_name, False
+    step, stop, named = run.start, False, dataset.by_name
     while step < args.max_steps and not stop:
         step += 1
         lr = set_learning_rate(optimizer, step, args)
-        micro_batches = machine.micro_batches(sampler.next_batch(), args.micro_batch_size)
+        micro_batches = machine.micro_batches(sampler.next_batch())
 
         # One step on the mean loss over all tokens of the global batch
         sums = torch.zeros(2, K, dtype=machine.sum_dtype, device=machine.device)  # of loss and tokens
@@ -159,11 +153,12 @@ def train(args, stage):
             run.log(step, loss=loss_sum.sum() / count.sum(), lr=lr, grad_norm=grad_norm,
                     epochs=named(sampler.epochs()), domain_loss=named(loss_sum / count))
         if run.is_due(step, args.eval_interval):
-            val_loss = held_out_loss(forward, dataset, args.eval_windows, args.micro_batch_size, machine)
+            val_loss = held_out_loss(forward, dataset, args.eval_windows, machine)
             run.log_evaluation(step, **dataset.evaluation(val_loss))
         stop = run.stop_requested(step)
         if run.is_due(step, args.save_interval) or stop:
-            run.save(step, model, optimizer, sampler)
+            state = {**ranks.gather(model, optimizer), "sampler": sampler.state_dict()}
+            run.save(step, state)
     sampler.close()
     run.close(step)
 

@@ -3,8 +3,12 @@
 import argparse
 import json
 import math
+import os
+import re
 import shlex
+import signal
 import sys
+import time
 
 from tqdm import tqdm
 
@@ -18,23 +22,39 @@ class UserError(Exception):
 
 
 def run(main, leave=lambda: None):
-    """Call main().  Turn a UserError, and what the operating system refuses, into one line and exit status 2, after
-    leave()."""
+    """Call main().  Turn a UserError into one line and exit status 2, after leave().
+
+    Each node says it once: its other ranks wait a moment, in which torchrun ends them if they fail of the same.
+    """
     try:
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # so that the error has a line of its own
-        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        print_anywhere(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", sys.stderr)
         leave()
         sys.exit(2)
+
+
+def print_anywhere(text, file=None):
+    """Print, with escapes in place of characters that this console cannot show."""
+    file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+WORD = re.compile(rf"(?:{QUOTED.pattern}|[^\s'\"])+(?=\s|$)")
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with @FILE (several words, '# comments' and blank lines allowed) and errors in one line, status 2."""
 
-    def __init__(self, description):
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+    def __init__(self, description, **options):
+        super().__init__(description=description, **options, fromfile_prefix_chars="@", allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter,
                          epilog="@FILE reads flags from a file, e.g. @configs/official_120m.txt; later flags win.")
         self.files = []
@@ -44,10 +64,16 @@ class ArgumentParser(argparse.ArgumentParser):
         return super()._read_args_from_files(arg_strings)
 
     def convert_arg_line_to_args(self, line):
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"{error} in the line: {line.strip()}")
+        """Words, with '...' or "..." around what has spaces.  A # begins a comment at the start of a word only; no
+        other character means anything: runs/lr#2 and C:\\runs are what they look like."""
+        words, rest = [], line.strip()
+        while rest and not rest.startswith("#"):
+            match = WORD.match(rest)
+            if not match:
+                self.error(f"a quotation mark is not closed in the line: {line.strip()}")
+            words.append(QUOTED.sub(lambda quoted: quoted[0][1:-1], match[0]))
+            rest = rest[match.end() :].strip()
+        return words
 
     def error(self, message):
         where = f" (flags were also read from {', '.join(self.files)})" if self.files else ""
@@ -94,5 +120,5 @@ def flag_lines(args):
 
 
 def shown(value, width=200):
-    text = json.dumps(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= width else text[: width - 3] + "..."

@@ -136,7 +136,7 @@ def write_atomically(path, content):
 
 
 def is_of_the_file(error):
-    """Whether an error is the system's about the file.  torch.save hides a full disk in a RuntimeError of its writer."""
+    """Whether an error is the system's about this file.  torch.save may hide a full disk in a RuntimeError."""
     return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
 
 

@@ -22,7 +22,7 @@ from common.run import load_finished
 from model import Transformer
 from sampler import Sampler, domain_sums, load_dataset
 from train_doremi import update_alpha
-from train_reference import adamw, resolve_flags, set_learning_rate
+from train_reference import adamw, resolve_recipe, set_learning_rate
 
 VARIANTS = {
     "exact": "Algorithm 1",
@@ -46,7 +46,7 @@ def train_proxy(variant, reference, dataset, machine, args, seed):
     excess, history = torch.zeros_like(alpha), []
     for step in tqdm(range(1, args.max_steps + 1), desc=f"{variant}, seed {seed}"):
         set_learning_rate(optimizer, step, args)
-        [(tokens, domain)] = machine.micro_batches(sampler.next_batch(), args.batch_size)
+        [(tokens, domain)] = machine.micro_batches(sampler.next_batch())
         with torch.no_grad():
             reference_loss = reference(tokens)
         token_loss = forward(tokens)
@@ -108,7 +108,7 @@ def main():
     if parser.parse_args().max_steps != config["flags"]["max_steps"]:
         parser.set_defaults(warmup_steps=None)
     args = parser.parse_args()
-    resolve_flags(args)
+    resolve_recipe(args)
     machine, seeds = ranks.setup(args), [int(seed) for seed in args.seeds.split(",")]
     dataset = load_dataset(config["data"]["data_dir"], config["model"]["block_size"])
     reference = Transformer.load(config, checkpoint["model"], machine.dtype).to(machine.device).freeze()

@@ -85,10 +85,7 @@ def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local_ranks), WORLD_SIZE=str(ranks),
                       LOCAL_WORLD_SIZE=str(local_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    from common import ranks
-
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
-    ranks.matmul_peak = lambda *_: 1e12  # a second's measurement, which only the mfu needs
     if kill and rank == 0:
         arm(*kill)
     if record:

@@ -1,20 +1,25 @@
 """Bad input to the training scripts: exit status 2, one line that names the file or flag, nothing half-written."""
 
+import contextlib
 import json
 import resource
 import shutil
-import sys
+import time
 from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, edit, read_metrics, refused, run_here, write_dataset
+from forked import Job
 
 from common import ranks
+from common.files import write_atomically
+from sampler import load_dataset
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
-BEGUN = {"flags.txt", "config.json", "metrics.jsonl"}
+BEGUN = {"flags.txt", "config.json", "metrics.jsonl", ".lock"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,8 @@ def edit_checkpoint(run, change):
     ("meta.json", lambda path: path.unlink()), ("meta.json", lambda path: path.write_text("{")),
     *(("meta.json", lambda path, change=change: edit(path, change)) for change in (
         lambda meta: meta.pop("dtype"), lambda meta: meta.update(dtype="uint12"), lambda meta: meta.update(domains={}),
-        lambda meta: meta.update(vocab_size=70_000), lambda meta: meta["domains"]["rich"].pop("val_tokens")))])
+        lambda meta: meta.update(vocab_size=70_000), lambda meta: meta.update(vocab_size=float("nan")),
+        lambda meta: meta.update(domains=[]), lambda meta: meta["domains"]["rich"].pop("val_tokens")))])
 def test_data_that_is_not_what_meta_json_promises(tmp_path, data, file, spoil):
     spoil(data / file)
     reference_refused(tmp_path, data, mentions=[f"{data}/{file}"])
@@ -80,10 +86,12 @@ EVEN = {"counting": 1, "simple": 1, "rich": 1, "small": 1}
 
 @pytest.mark.parametrize("spec, mentions", [
     ("0.5,0.5,-0.1,0.1", ["'rich'", "-0.1"]), ("nan,1,1,1", ["'counting'", "nan"]), ("1,inf,1,1", ["'simple'", "inf"]),
-    ("0,0,0,0", ["zero"]), ("0.5,0.5", ["2 weights", "4 domains"]), ("1,1,1,some", ["some"]), ("unifrom", []),
+    ("0,0,0,0", ["sum to 0"]), ("1e308,1e308,0,0", ["sum to inf"]),
+    ("0.5,0.5", ["2 weights", "4 domains"]), ("1,1,1,some", ["some"]), ("unifrom", []),
     ("temperature:warm", []), ("unimax:0", []), ("uniform+", []), ("uniform+1,1", ["2 weights"]), ("nowhere.json", []),
     ({**EVEN, "arxiv": 1}, ["arxiv"]), ({"counting": 1, "simple": 1}, ["rich", "small"]),
-    ({"domain_weights": {**EVEN, "rich": -1}}, ["rich", "-1"]), ({**EVEN, "rich": float("nan")}, ["rich", "nan"]),
+    ({"domain_weights": {**EVEN, "rich": -1}}, ["rich", "-1"]), ({**EVEN, "rich": float("nan")}, ["rich", "NaN"]),
+    ({**EVEN, "rich": 10**400}, ["rich"]),
     ({"train_domain_weights": {**EVEN, "rich": None}}, ["rich"]), ({**EVEN, "rich": "1"}, ["rich"]), ([0.25] * 4, [])])
 def test_weights(tmp_path, world, spec, mentions):
     """On the command line, or in a file."""
@@ -102,8 +110,8 @@ def test_weights(tmp_path, world, spec, mentions):
         "--n_layer=0", "--device=abacus", "--dtype=float16", "--lr_schedule=linear", "--max_step=3", "@nowhere.txt",
         "stray")), ("--batch_size=12", 5), ("--batch_size=12", 24), ("--micro_batch_size=3", 3)])
 def test_flags(tmp_path, world, monkeypatch, flag, ranks):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
     reference_refused(tmp_path, world.data, flag, mentions=[flag.split("=")[0].lstrip("-@")])
 
 
@@ -194,26 +202,99 @@ def test_checkpoint_before_the_bad_step_stays(tmp_path, world, monkeypatch):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
-@pytest.mark.parametrize("file", ["flags.txt", "config.json", "ckpt.pt", "doremi_domain_weights_4.pt"])
-def test_full_disk(tmp_path, world, file):
-    """What a file is written to before it is renamed is led to /dev/full, where the kernel refuses every byte."""
-    (out := tmp_path / "out").mkdir()
-    (out / f".{file}.tmp").symlink_to("/dev/full")
+@contextlib.contextmanager
+def limited(size):
+    """No file may grow past this many bytes, as `ulimit -f` has it: it stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("file, size", [("flags.txt", 100), ("config.json", 1000), ("ckpt.pt", 8000)])
+def test_full_disk(tmp_path, world, file, size):
+    """The line names the file; nothing half-written is left; with space again, the same command continues."""
+    flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={tmp_path}/out", "--resume"]
+    with limited(size):
+        result = run_here("train_doremi.py", *flags, status=2)
+    assert f"{tmp_path}/out/{file}" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
+    assert not (tmp_path / "out" / file).exists() and not list((tmp_path / "out").glob(".*.tmp"))
+    run_here("train_doremi.py", *flags)
+
+
+def test_what_is_not_about_the_file_keeps_its_own_words(tmp_path):
+    """A CUDA error surfaces where a tensor is first read, which may be while a checkpoint is written."""
+    def content(file):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        write_atomically(tmp_path / "ckpt.pt", content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_directory_one_run(tmp_path, world):
+    """While a run lives, no second one writes there; a kill frees the directory."""
+    out = tmp_path / "out"
     flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={out}"]
-    result = run_here("train_doremi.py", *flags, status=2)
-    assert f"{out}/{file}" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
-    assert not (out / file).exists() and not list(out.glob(".*"))
-    run_here("train_doremi.py", *flags, "--resume")  # there is space again
+    job = Job("train_doremi.py", *flags, "--max_steps=100000", "--log_interval=1")
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        time.sleep(0.05)
+    said = run_here("train_doremi.py", *flags, "--seed=77", "--resume", status=2).stderr
+    assert "another process is training there" in said and said.count("\n") == 1
+    job.kill()
+    with filelock.FileLock(out / ".lock").acquire(blocking=False):
+        pass
+
+
+@pytest.mark.parametrize("edit_it", [
+    lambda out: edit(out / "config.json", lambda config: config["model"].update(n_head=4)),
+    lambda out: edit(out / "config.json", lambda config: config["flags"].update(seed=9)),
+    lambda out: edit_checkpoint(out, lambda checkpoint: checkpoint["identity"].update(eval_windows=9))])
+def test_config_and_checkpoint_of_two_runs(tmp_path, world, edit_it):
+    edit_it(shutil.copytree(world.reference, tmp_path / "reference"))
+    proxy_refused(tmp_path, tmp_path / "reference", mentions=["config.json", "ckpt.pt"])
+
+
+def test_a_new_run_removes_what_an_older_one_left(tmp_path, world):
+    out = shutil.copytree(world.proxy, tmp_path / "out")
+    (out / "weights.json").write_text("{}")
+    (out / "evaluation").mkdir()
+    (out / "ckpt.pt").unlink()
+    run_here("train_doremi.py", *TRAINING, "--max_steps=8", f"--reference={world.reference}", f"--out_dir={out}")
+    assert {path.name for path in out.iterdir()} == BEGUN | {"ckpt.pt", "doremi_domain_weights_8.pt"}
+
+
+@pytest.mark.parametrize("change", [
+    lambda meta: meta["domains"]["rich"].update(train_tokens=4000, train_file_bytes=4000),  # 8,000 bytes are needed
+    lambda meta: meta["domains"]["rich"].update(train_tokens=10**12, train_file_bytes=4000),
+    lambda meta: meta["domains"]["rich"].update(val_bytes=None), lambda meta: meta["domains"]["rich"].pop("val_bytes"),
+    lambda meta: meta["domains"].update(rich=7)])
+def test_claims_of_meta_json(tmp_path, data, change):
+    edit(data / "meta.json", change)
+    reference_refused(tmp_path, data, mentions=["rich"])
+
+
+def test_more_domains_than_files_may_be_open(tmp_path):
+    many = write_dataset(tmp_path / "data", {f"d{i}": ([1] * 40, [1] * 40) for i in range(600)})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        assert len(load_dataset(many, 16).train) == 600
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_wandb_without_a_key(tmp_path, world, monkeypatch):
+    """One line, before anything is written."""
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reference_refused(tmp_path / "none", world.data, "--wandb=online", mentions=["--wandb=online", "wandb login"])
 
 
 def test_full_disk_while_metrics_are_written(tmp_path, world):
-    """A file limit of 4 KB, as `ulimit -f` sets it, stands in for the disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
+    with limited(4096):
         left = reference_refused(tmp_path, world.data, "--log_interval=1", "--save_interval=100", "--max_steps=100",
                                  mentions=[f"{tmp_path}/out/metrics.jsonl"], begun=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert left == BEGUN

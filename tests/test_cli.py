@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_doremi
-import train_large
-import train_reference
 from common import cli, ranks
-from train_reference import resolve_flags
+from train_reference import resolve_recipe
 
 
 def parser():
@@ -33,6 +31,9 @@ def test_flags_from_a_file(tmp_path):
     file = tmp_path / "flags.txt"
     file.write_text("# a comment that isn't closed\n\n--steps=3 --rate 0.5   # two on a line, one with a space\n"
                     "--name='two words # no comment'\n   --no-compile\n")
+    odd = tmp_path / "odd.txt"
+    odd.write_text("--name=runs/lr#2\\new --steps=2 # neither # nor \\ means anything within a word")
+    assert parser().parse_args([f"@{odd}"]).name == "runs/lr#2\\new"
     args = parser().parse_args([f"@{file}"])
     assert vars(args) == {"steps": 3, "rate": 0.5, "name": "two words # no comment", "compile": False, "resume": False}
     assert parser().parse_args([f"@{file}", "--steps=4"]).steps == 4  # later flags win,
@@ -75,81 +76,89 @@ def test_types(kind, good, bad):
             kind(text)
 
 
-def help_of(script):
-    """{flag: its help}, on one line each."""
-    result = run_here(script, "--help")
-    assert all(word in result.stdout for word in ("reads ", "writes ", "next "))
-    options = re.split(r"\n  (?=--)", result.stdout.split("\n@FILE")[0])[1:]
-    return {re.match(r"--(\w+)", option)[1]: " ".join(option.split()) for option in options}
-
-
-@pytest.mark.parametrize("script, module, required", [
-    ("train_reference.py", train_reference, []), ("train_large.py", train_large, ["--sampling_weights=uniform"])])
-def test_help_shows_the_defaults_that_are_used(script, module, required, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [script, *required])
-    args, lines = vars(train_reference.parse_args("", module.DEFAULTS)), help_of(script)
-    assert lines.keys() == args.keys()
-    for name, value in args.items():
-        if name != "resume" and f"--{name}={value}" not in required:
-            assert (default := re.search(r"\(default: (.*)\)", lines[name])), lines[name]
-            assert value in (None, False, "auto") or default[1] == str(value), (name, value, default[1])
-    assert required or args["sampling_weights"] == "token_count"
-
-
 def test_large_requires_sampling_weights(tmp_path):
     result = run_here("train_large.py", f"--out_dir={tmp_path}/out", status=2)
     assert "--sampling_weights" in result.stderr and not (tmp_path / "out").exists()
 
 
-def test_the_proxy_inherits_from_the_reference_but_for_its_seed(tmp_path, monkeypatch):
-    """And the help says of exactly these flags that they are the reference's."""
-    theirs = {"max_steps": 77, "batch_size": 6, "learning_rate": 0.5, "min_lr": 0.25, "lr_schedule": "exponential",
-              "warmup_steps": 11, "weight_decay": 0.125, "beta1": 0.5, "beta2": 0.75, "grad_clip": 3.0, "seed": 41,
-              "data_dir": "there", "dtype": "float64"}
-    (tmp_path / "config.json").write_text(json.dumps({
-        "stage": "reference", "model": {}, "n_params": 1, "domains": [], "data": {},
-        "flags": {**theirs, "out_dir": "elsewhere", "sampling_weights": "1,2", "compile": True, "log_interval": 7}}))
+SHAPE = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn"), 2)
+DATA = {"data_dir": "there", "tokenizer": "bytes", "tokenizer_sha256": "x", "vocab_size": 2, "train_tokens": {"a": 9}}
+THEIRS = {"max_steps": 77, "batch_size": 6, "learning_rate": 0.5, "min_lr": 0.25, "lr_schedule": "exponential",
+          "warmup_steps": 11, "weight_decay": 0.125, "beta1": 0.5, "beta2": 0.75, "grad_clip": 3.0, "data_dir": "there",
+          "dtype": "float64", "device": "cpu", "compile": True, "micro_batch_size": 3, "activation_checkpointing": True,
+          "log_interval": 7, "eval_interval": 8, "eval_windows": 9, "save_interval": 10, "timeout": 11,
+          "wandb": "offline"}
+
+
+@pytest.fixture
+def parse_proxy(tmp_path, monkeypatch):
+    """A function that parses flags of a proxy, whose reference was run with THEIRS."""
+    flags = {**THEIRS, "seed": 41, "out_dir": "elsewhere", "sampling_weights": "1", "resume": True, "n_layer": 2}
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"stage": "reference", "model": SHAPE, "n_params": 1, "domains": ["a"], "sampling_weights": {"a": 1},
+         "data": DATA, "flags": flags}))
 
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["train_doremi.py", f"--reference={tmp_path}", *flags])
         return vars(train_doremi.parse_args())
 
-    found, lines = parse(), help_of("train_doremi.py")
-    assert found.items() >= {**theirs, "seed": 42, "sampling_weights": "uniform", "compile": None, "log_interval": 10,
-                             "step_size": 1.0, "smoothing": 1e-3, "out_dir": "checkpoints/proxy"}.items()
-    assert parse("--seed=5", "--beta1=0.1").items() >= {"seed": 5, "beta1": 0.1, "beta2": 0.75}.items()
-    assert parse("--max_steps=78")["warmup_steps"] is None  # of another length: the rule for that length
-    assert {name for name, line in lines.items() if "(default: the reference's" in line} == theirs.keys()
-    assert "the reference's + 1" in lines["seed"]
-    for name in found.keys() - theirs.keys() - {"resume"}:
-        default = re.search(r"\(default: (.*)\)", lines[name])[1]
-        assert found[name] in (None, False, "auto") or default.split(",")[0] in (str(found[name]), str(tmp_path),
-                                                                                 "checkpoints/reference"), name
+    return parse
 
 
-def resolved(**changes):
-    args = Namespace(learning_rate=0.01, min_lr=None, warmup_steps=None, max_steps=150, device="cpu", dtype="float32")
-    vars(args).update(changes)
-    resolve_flags(args)
-    return args
+def test_a_proxy_inherits_every_flag_but_its_own(parse_proxy):
+    found = parse_proxy()
+    own = {"seed": 42, "sampling_weights": "uniform", "out_dir": "checkpoints/proxy", "resume": False,
+           "step_size": 1.0, "smoothing": 1e-3, "reference": found["reference"]}
+    assert found == {**THEIRS, **own}
+    assert parse_proxy("--seed=5", "--micro_batch_size=1").items() >= {"seed": 5, "micro_batch_size": 1}.items()
+
+
+@pytest.mark.parametrize("flag, expected", [
+    ("--learning_rate=0.1", {"min_lr": 0.01, "warmup_steps": 11}), ("--learning_rate=9", {"min_lr": 0.9}),
+    ("--max_steps=3000", {"min_lr": 0.25, "warmup_steps": 300}), ("--min_lr=0.3", {"min_lr": 0.3, "warmup_steps": 11})])
+def test_what_derives_from_a_flag_derives_again(parse_proxy, flag, expected):
+    args = Namespace(**parse_proxy(flag))
+    resolve_recipe(args)
+    assert vars(args).items() >= expected.items()
 
 
 def test_defaults_that_depend_on_others():
+    def resolved(**changes):
+        args = Namespace(**{"learning_rate": 0.01, "min_lr": None, "warmup_steps": None, "max_steps": 150, **changes})
+        resolve_recipe(args)
+        return args
+
     assert resolved().min_lr == 0.001  # a tenth
     assert {steps: resolved(max_steps=steps).warmup_steps for steps in (2, 150, 900, 3000, 200_000)} == {
         2: 0, 150: 50, 900: 300, 3000: 300, 200_000: 12_000}  # a third, at most 300; 6% where that is more
-    assert resolved(device="auto").device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert resolved(dtype="auto").dtype in ("float32", "bfloat16")
 
 
 def test_compile_is_decided_by_the_length_of_the_run(monkeypatch):
     monkeypatch.setattr(ranks.shutil, "which", lambda name: "/usr/bin/" + name)
 
-    def decide(flops, **flags):
-        flags = {"device": "cpu", "dtype": "float32", "compile": None, **flags}
-        return ranks.decide_compile(Namespace(**flags), flops)
+    def decide(flops, device="cpu", dtype="float32", compile=None):
+        machine = ranks.Machine(torch.device(device), torch.float32, torch.float64, micro_batch_size=1)
+        return ranks.decides_to_compile(Namespace(dtype=dtype, compile=compile), machine, flops)
 
     assert decide(1e15) and not decide(1e12) and decide(1e12, device="cuda") and not decide(1e15, dtype="float64")
     assert decide(1e12, compile=True) and not decide(1e15, compile=False)
     monkeypatch.setattr(ranks.shutil, "which", lambda name: None)
     assert not decide(1e15)  # no compiler
+
+
+@pytest.mark.parametrize("environment, named", [
+    ({"RANK": "1"}, "only one of RANK and WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "only one of RANK and WORLD_SIZE"),
+    ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x'"), ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK='2'"), ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1'"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, "no MASTER_ADDR"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, "MASTER_PORT=''"),
+    ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "3"}, "the same number of ranks"),
+    ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "LOCAL_RANK='2'")])
+def test_an_environment_that_makes_no_sense(monkeypatch, environment, named):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert ranks.ranks_of_environment() == (0, 1, 0, 1)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(cli.UserError, match=re.escape(named)):
+        ranks.ranks_of_environment()

@@ -95,9 +95,10 @@ def mean_of_targets(dataset, n_windows, batch_size=4, world_size=1):
     totals = []
     for rank in range(world_size):
         machine = SimpleNamespace(rank=rank, world_size=world_size, device="cpu", sum_dtype=torch.float64,
+                                  micro_batch_size=batch_size,
                                   all_reduce=lambda tensor: totals.append(tensor.clone()) or sum(totals))
         with np.errstate(invalid="ignore"):  # a rank without windows of a domain, before the others are added
-            loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), dataset, n_windows, batch_size, machine)
+            loss = held_out_loss(lambda tokens: tokens[:, 1:].double(), dataset, n_windows, machine)
     return loss.tolist()
 
 

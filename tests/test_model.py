@@ -152,13 +152,19 @@ def test_frozen_copy_gives_the_same_losses_to_the_bit(dtype):
     assert all(p.dtype == dtype for p in frozen.parameters())
 
 
-def test_a_model_from_the_meta_device_is_the_same_but_for_its_parameters():
-    """Its rotary table is filled in again; initial_parameters has the standard deviations of GPT-2."""
+def test_a_model_from_the_meta_device_is_the_same():
+    """A loaded one shares the checkpoint's tensors and has its own rotary table; a placed one draws the same values."""
+    whole, machine = build(), ranks.Machine(torch.device("cpu"), torch.float64, torch.float64, micro_batch_size=1)
+    loaded = Transformer.load({"model": vars(SMALL)}, whole.state_dict(), torch.float64)
+    assert torch.equal(loaded(random_tokens()), whole(random_tokens()))
+    assert loaded.norm.weight.data_ptr() == whole.norm.weight.data_ptr()
     with torch.device("meta"):
-        empty = Transformer(SMALL, torch.float64)
-    filled, whole = empty.to_empty(device="cpu"), build()
-    ranks.load_parameters(filled, whole.state_dict().items())
-    assert torch.equal(filled(random_tokens()), whole(random_tokens()))
+        placed = Transformer(SMALL, torch.float64)
+    torch.manual_seed(0)
+    assert torch.equal(ranks.place(placed, machine, compiled=False)(random_tokens()), whole(random_tokens()))
+
+
+def test_initial_parameters_have_the_deviations_of_gpt2():
     config = ModelConfig(vocab_size=500, block_size=8, n_layer=8, n_head=2, n_kv_head=2, n_embd=64, n_ffn=64)
     for name, value in build(config, torch.float32).state_dict().items():
         if value.dim() == 1:

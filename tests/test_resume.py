@@ -82,22 +82,21 @@ def assert_same(found, expected):
     assert same(found["checkpoint"], expected["checkpoint"]) and same(found["history"], expected["history"])
 
 
-# A run of TINY renames flags.txt, config.json and metrics.jsonl into place (1 to 3), then ckpt.pt at steps 4, 8 and 12:
-# renames 4, 5, 6 of stages 1 and 4; the proxy alternates with its history: 4 ckpt, 5 history, 6 ckpt, 7, 8 ckpt, 9.
-# Resumed after a checkpoint, it writes that one's history again.
+# A run of TINY renames flags.txt, config.json and metrics.jsonl into place (1 to 3), then ckpt.pt at steps 4, 8 and 12
+# (4 to 6). A proxy's history follows at the end (7), which is its fourth torch.save.
 POINTS = [
     ("train_reference.py", 1, ("step", 7)),  # between two checkpoints, in the middle of a step
     ("train_reference.py", 1, ("flushed", 5)),  # the second checkpoint is whole on the disk, but not in its place
     ("train_large.py", 1, ("line", 5)),  # half a line of metrics is written, behind the last checkpoint
     ("train_large.py", 1, ("renamed", 3)),  # only an empty metrics.jsonl is there
     ("train_doremi.py", 1, ("update", 6)),
-    ("train_doremi.py", 1, ("bytes", 3)),  # half of the second checkpoint is written
-    ("train_doremi.py", 1, ("renamed", 6)),  # the second checkpoint is in place, its history is not
-    ("train_doremi.py", 1, ("bytes", 4)),  # half of the second history is written
-    ("train_doremi.py", 1, ("flushed", 8)),  # the last checkpoint is not in place
-    ("train_doremi.py", 1, ("renamed", 8)),  # the last checkpoint is in place, its history is not
+    ("train_doremi.py", 1, ("bytes", 2)),  # half of the second checkpoint is written
+    ("train_doremi.py", 1, ("renamed", 5)),  # the second checkpoint has just been put into its place
+    ("train_doremi.py", 1, ("bytes", 4)),  # half of the history is written
+    ("train_doremi.py", 1, ("flushed", 6)),  # the last checkpoint is not in place
+    ("train_doremi.py", 1, ("renamed", 6)),  # the last checkpoint is in place, the history is not
     ("train_doremi.py", 2, ("step", 7)),  # two ranks: the moments of each come back to its shard
-    ("train_doremi.py", 3, ("bytes", 3)),
+    ("train_doremi.py", 3, ("bytes", 2)),
 ]
 
 

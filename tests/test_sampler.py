@@ -87,22 +87,24 @@ def test_permute_is_a_bijection(size, seed, epoch):
     assert np.array_equal(np.sort(order), np.arange(size))
 
 
-EDGES = [size for bits in (1, 2, 3, 4, 20, 21, 31, 32, 40, 50) for size in (2**bits - 1, 2**bits, 2**bits + 1)]
+EDGES = [size for bits in (11, 20, 21, 31, 32, 40, 50) for size in (2**bits - 1, 2**bits, 2**bits + 1)]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(EDGES) | st.integers(1, 10**12), st.floats(0, 1), st.integers(0, 9)),
-                min_size=1, max_size=25))
-@example([(size, at, 3) for size in EDGES for at in (0, 0.3, 1)])
-def test_every_element_has_its_own_size_and_keys(elements):
-    """All at once they are what each is alone, by arithmetic without numpy's fixed widths; and it can be undone."""
-    size = [n for n, _, _ in elements]
-    index = [min(int(at * n), n - 1) for n, at, _ in elements]
-    keys = np.stack([round_keys(seed, "domain", 0) for _, _, seed in elements])
-    found = permute(np.array(index), np.array(size), keys).tolist()
-    for i, n, key, value in zip(index, size, keys, found):
-        assert 0 <= value < n and forward_and_back(i, n, key) == (value, i)
-        assert permute(np.array([i]), n, key).tolist() == [value]
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(EDGES) | st.integers(1025, 10**12), st.floats(0, 1), st.integers(0, 9))
+def test_permute_of_many_is_that_of_each(size, at, seed):
+    """By arithmetic without numpy's fixed widths; and it can be undone."""
+    index = np.unique([0, int(at * (size - 1)), size - 1])
+    keys = round_keys(seed, "domain", 0)
+    for i, value in zip(index.tolist(), permute(index, size, keys).tolist()):
+        assert 0 <= value < size and forward_and_back(i, size, keys) == (value, i)
+
+
+def test_a_few_windows_come_in_every_order():
+    """24 orders of 4 windows; a Feistel network reaches the 12 even ones only. Mean 1 in 24, five deviations."""
+    orders = [tuple(permute(np.arange(4), 4, round_keys(seed, "domain", 0)).tolist()) for seed in range(2400)]
+    seen = np.array([orders.count(order) for order in set(orders)])
+    assert len(seen) == 24 and ((seen - 100) ** 2 / 100).sum() < 23 + 5 * (2 * 23) ** 0.5
 
 
 def test_permute_depends_on_seed_domain_and_epoch():
