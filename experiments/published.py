@@ -12,10 +12,12 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from average_weights import STYLE, total_variation
+from average_weights import total_variation
+from common.figures import STYLE
 
 DATA = Path(__file__).parent / "results" / "published.json"
 COMPARED = 5
@@ -172,9 +174,9 @@ def print_rounds(corpora):
     rows = []
     for corpus in corpora:
         weights = [normalised(row) for row in corpus["weights"]]
-        steps = list(itertools.pairwise(weights))
-        row = [corpus["name"], several((total_variation(old, new) for old, new in steps), 3)]
-        for one, two in itertools.pairwise(np.log(new / old) for old, new in steps):
+        rounds = list(itertools.pairwise(weights))
+        row = [corpus["name"], several((total_variation(old, new) for old, new in rounds), 3)]
+        for one, two in itertools.pairwise(np.log(new / old) for old, new in rounds):
             if not two.any():
                 row.append("no change")
                 continue
@@ -212,9 +214,9 @@ def print_features(data, domains, five):
 # ---- the figure
 
 
+@matplotlib.rc_context(STYLE)
 def draw(path, domains, runs):
     """Left: the tilt of each domain in the five runs and in the paper's 280M run. Right: against the one foretold."""
-    plt.rcParams.update(STYLE)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.2), layout="constrained", width_ratios=(1.1, 1))
     five, outlier = runs[:COMPARED], next(run for run in runs if run.name == "paper 280M")
     order, rows = np.argsort(np.mean([run.tilt for run in five], axis=0)), np.arange(len(domains))
@@ -229,7 +231,8 @@ def draw(path, domains, runs):
     left.set(xlabel="tilt: log(answer / reference's weight)", ylim=(-0.7, len(domains) - 0.3))
     right.axline((0, 0), slope=1, color="0.4", linewidth=0.8)
     right.set(xlabel="tilt that the other runs foretell", ylabel="tilt")
-    figure.suptitle("The same domains gain and lose in five DoReMi runs on The Pile; the paper's 280M run (x) departs")
+    figure.suptitle("The same domains gain and lose in five DoReMi runs on The Pile; the paper's 280M run (x) departs",
+                    weight="bold", fontsize=12)
     figure.legend(loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 

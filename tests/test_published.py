@@ -1,12 +1,8 @@
 """The published answers, read again: two numbers of docs/published.md, and the arithmetic behind them."""
 
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT))
 from average_weights import total_variation
 from experiments import published
 
