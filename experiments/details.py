@@ -1,12 +1,12 @@
 """Print the numbers of docs/theory.md that `experiments.theory report` does not, from the committed results alone.
 
-    python -m experiments.details
-
-Domain by domain: b, D and the tilt; tilts without the largest; longer runs; rounds; the excess clipped at the domain.
+    python -m experiments.details                   everything, of experiments/results
+    python -m experiments.details RESULTS.jsonl     b, D and the tilt of each domain, of your own measurements
 """
 
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +33,14 @@ def correlation(x, y):
     return np.corrcoef(x, y)[0, 1]
 
 
-def print_domains(corpus, lines):
+def print_domains(corpus, lines, steps):
     """The table of b, D and the tilt of each domain, and what follows from it."""
-    references = [line for line in lines if line["steps"] == STEPS]
+    groups = {name: by_seed(lines, steps, name) for name in LOOKS if by_seed(lines, steps, name)}
+    references = [line for line in lines if line["steps"] == steps]
     losses, weights = (np.array([line[key] for line in references]) for key in ("loss_reference", "r"))
     b = own_slope(losses, weights)
     disagreement, tilt, foretold, lead = [], [], [], []
-    for reference in LOOKS:
-        group = by_seed(lines, STEPS, reference)
+    for group in groups.values():
         r = mean(group, "r")
         disagreement.append(2 * mean(group, "null_excess"))
         tilt.append(np.log(mean(group, "last_half") / r))
@@ -48,9 +48,9 @@ def print_domains(corpus, lines):
         lead.append(mean(group, "loss_proxy") - mean(group, "loss_reference"))
     disagreement, tilt, foretold = np.array(disagreement), np.array(tilt), np.array(foretold)
 
-    print(f"\n{corpus}, {STEPS:,} steps: tilt of the last half, mean over seeds (in brackets: predicted)\n")
-    print("| domain | b | D, least to most | " + " | ".join(f"reference on {name}" for name in LOOKS) + " |")
-    print("|" + " --- |" * (3 + len(LOOKS)))
+    print(f"\n{corpus}, {steps:,} steps: tilt of the last half, mean over seeds (in brackets: predicted)\n")
+    print("| domain | b | D, least to most | " + " | ".join(f"reference on {name}" for name in groups) + " |")
+    print("|" + " --- |" * (3 + len(groups)))
     for i, domain in enumerate(lines[0]["domains"]):
         cells = " | ".join(f"{t:+.2f} ({p:+.2f})" for t, p in zip(tilt[:, i], foretold[:, i]))
         print(f"| {domain} | {b[i]:.2f} | {disagreement[:, i].min():.2f} to {disagreement[:, i].max():.2f} | {cells} |")
@@ -58,8 +58,13 @@ def print_domains(corpus, lines):
     pairs = [correlation(p[small], q[small]) for p, q in itertools.combinations(tilt, 2)]
     print("\ntilts of two references without the largest, correlation: " + ", ".join(f"{x:.2f}" for x in pairs))
     print("Delta (proxy's loss - reference's) with D, correlation: "
-          + ", ".join(f"{name} {correlation(x, d):.2f}" for name, x, d in zip(LOOKS, lead, disagreement)))
+          + ", ".join(f"{name} {correlation(x, d):.2f}" for name, x, d in zip(groups, lead, disagreement)))
     print(f"standard deviation of the tilt over domains: {', '.join(f'{t.std():.2f}' for t in tilt)}")
+    for name, group in groups.items():
+        others = {other: np.mean([total_variation(line["last_half"], mean(groups[other], "r"))
+                                  for line in group.values()]) for other in groups}
+        print(f"reference on {name}, last half to the weights of each reference: "
+              + ", ".join(f"{other} {distance:.3f}" for other, distance in others.items()))
 
 
 def print_longer(lines):
@@ -123,11 +128,16 @@ def read_lines(name):
 
 
 if __name__ == "__main__":
-    results = {corpus: read(RESULTS / f"theory-{corpus}.jsonl") for corpus in CORPORA}
-    for corpus, lines in results.items():
-        print_domains(corpus, lines)
-        print_transient(corpus, lines)
-    print()
-    print_longer(results["twelve"])
-    print_rounds()
-    print_domain_clip(results["twelve"])
+    for path in sys.argv[1:]:
+        lines = read(path)
+        print_domains(path, lines, max(line["steps"] for line in lines))
+    if len(sys.argv) == 1:
+        results = {corpus: read(RESULTS / f"theory-{corpus}.jsonl") for corpus in CORPORA}
+        for corpus, lines in results.items():
+            print_domains(corpus, lines, STEPS)
+            print_transient(corpus, lines)
+        print_domains("twelve", results["twelve"], 4 * STEPS)
+        print()
+        print_longer(results["twelve"])
+        print_rounds()
+        print_domain_clip(results["twelve"])
