@@ -58,6 +58,13 @@ def test_demo_runs_the_commands(tmp_path):
     assert all(f"--out_dir={run}" in " ".join(ran) for run in compared.split()[1:])
 
 
+def test_lines_that_the_readme_names():
+    rows = re.findall(r"\| `(\w+\.py):(\d+)` \| `([^`]+)` \|", README)
+    assert len(rows) == 8
+    for name, number, code in rows:
+        assert code in (ROOT / name).read_text().splitlines()[int(number) - 1], f"{name}:{number} is not {code}"
+
+
 @pytest.mark.slow
 def test_corpus_is_the_same_everywhere(tmp_path):
     """A second run has another place, locale, time zone and hash seed."""
