@@ -116,13 +116,18 @@ def collect(out_dir, results):
 
 
 def spread(values):
-    """Mean and standard deviation over seeds, as text."""
+    """Mean ± standard deviation over seeds, as text. Every ± of the docs is this one."""
     values = np.array(values, dtype=float)
     found = values[~np.isnan(values)]
     if not len(found):
         return "never"
     text = f"{found.mean():+.3f}" + (f" ± {found.std(ddof=1):.3f}" if len(found) > 1 else "")
     return text + (f" ({len(found)} of {len(values)} seeds)" if len(found) < len(values) else "")
+
+
+def in_standard_errors(values):
+    """How many standard errors the mean over seeds is away from 0."""
+    return np.mean(values) / (np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 def report(results, figure=None, title=""):
@@ -154,16 +159,18 @@ def report(results, figure=None, title=""):
         points[mixture] = delta
         print(f"| {label} | {', '.join(map(str, better))} | " + " | ".join(spread(column) for column in delta.T) +
               f" | {spread(pace).lstrip('+')} | {'' if mixture in FRONT else spread(front)} |")
-    print("\n| paired over seeds | mean loss | token-weighted mean |\n| --- | --- | --- |")
+    print("\n| paired over seeds | mean loss | token-weighted mean | in standard errors |\n|" + " --- |" * 4)
     for one, other in PAIRS:
         both = [seed for seed in seeds if (one, seed) in runs and (other, seed) in runs]
         if both:
-            change = [spread([runs[one, seed][key][-1] - runs[other, seed][key][-1] for seed in both])
+            change = [[runs[one, seed][key][-1] - runs[other, seed][key][-1] for seed in both]
                       for key in ("unweighted", "weighted")]
-            print(f"| {LABELS[one]}, minus {LABELS[other]} | {change[0]} | {change[1]} |")
+            print(f"| {LABELS[one]}, minus {LABELS[other]} | {spread(change[0])} | {spread(change[1])} | "
+                  f"{', '.join(f'{in_standard_errors(values):+.1f}' for values in change)} |")
     if any("unseen" in run for run in runs.values()):
         print("\n| trained on | unseen domains better than natural, by seed | mean change, bits per byte "
-              "| tasks better, by seed | mean change |\n|" + " --- |" * 5)
+              "| tasks better, by seed | mean change | share of unseen domains better (standard errors from half) |\n|"
+              + " --- |" * 6)
     for mixture in (name for name in LABELS if name != "natural"):
         if here := [runs[mixture, seed] for seed in seeds if "unseen" in runs.get((mixture, seed), ())]:
             cells = []
@@ -171,6 +178,8 @@ def report(results, figure=None, title=""):
                 change = np.array([list(run[key].values()) for run in here])
                 cells += [", ".join(map(str, (change < 0).sum(axis=1))) + f" of {change.shape[1]}",
                           spread(change.mean(axis=1))]
+            share = np.array([(np.array(list(run["unseen"].values())) < 0).mean() for run in here])
+            cells.append(f"{spread(share).lstrip('+')} ({in_standard_errors(share - 0.5):+.1f})")
             print(f"| {LABELS[mixture]} | {' | '.join(cells)} |")
     if figure:
         draw(figure, points, title)

@@ -29,7 +29,11 @@ def test_commands_run_on_a_small_data_set(tmp_path):
     assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # the slow test below runs it
     small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY,
              "train_doremi.py": [flag for flag in TINY if flag.startswith(("--eval", "--log", "--save", "--no-"))]}
-    for command in PIPELINE[1:]:
+    other = ["--out_dir=data/other", "--tokenizer=data/demo/tokenizer.tiktoken"]  # the reader's own text
+    commands = PIPELINE[1:]
+    evaluate = [command.startswith("evaluate.py") for command in commands].index(True)
+    commands.insert(evaluate, " ".join(["prepare.py data/demo-text", *other]))
+    for command in commands:
         if command.startswith("-m "):
             pytest.importorskip("transformers")
         command = re.sub(r"^-m tools\.(\w+)", r"tools/\1.py", command)
@@ -56,6 +60,13 @@ def test_demo_runs_the_commands(tmp_path):
         assert command in ran or command.startswith(("compare.py", "evaluate.py", "-m "))
     (compared,) = [line for line in ran if line.startswith("compare.py")]
     assert all(f"--out_dir={run}" in " ".join(ran) for run in compared.split()[1:])
+
+
+def test_lines_that_the_readme_names():
+    rows = re.findall(r"\| `(\w+\.py):(\d+)` \| `([^`]+)` \|", README)
+    assert len(rows) == 8
+    for name, number, code in rows:
+        assert code in (ROOT / name).read_text().splitlines()[int(number) - 1], f"{name}:{number} is not {code}"
 
 
 @pytest.mark.slow
