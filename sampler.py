@@ -230,10 +230,25 @@ def unimax(counts, budget, epochs):
 # ---- randomness without memory ---------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4096)
+BLOCK = 1 << 10  # windows whose order is worked out at once
+
+
 def round_keys(seed, domain, epoch):
     """Keys of the permutation's eight rounds, from the seed, the domain's *name* and the epoch: (8,) uint64."""
     return np.frombuffer(hashlib.blake2b(f"{seed}/{epoch}/{domain}".encode(), digest_size=64).digest(), dtype="<u8")
+
+
+@lru_cache(maxsize=4096)
+def order(seed, domain, epoch, size, block):
+    """A block of the order in which an epoch of a domain of `size` windows is drawn: (up to BLOCK,) int64.
+
+    A function of its arguments alone; the cache saves time. A few windows are shuffled, since `permute` reaches even
+    permutations only.
+    """
+    keys = round_keys(seed, domain, epoch)
+    if size <= BLOCK:
+        return np.random.default_rng(keys.tolist()).permutation(size)
+    return permute(np.arange(block * BLOCK, min((block + 1) * BLOCK, size)), size, keys)
 
 
 def permute(index, size, keys):
@@ -241,12 +256,10 @@ def permute(index, size, keys):
 
     index (n,) integers in [0, size); keys (8,) uint64.  Returns (n,) int64.  A Feistel network permutes the next power
     of four; values outside the range are sent through again until they are inside (cycle walking, Black and Rogaway
-    2002), which keeps a bijection. Up to 2**10 it would reach even permutations only, so those are shuffled.
+    2002), which keeps a bijection.
     """
-    if size <= 1 << 10:
-        return np.random.default_rng(keys.tolist()).permutation(size)[index]
     bits = int(size - 1).bit_length()
-    half = np.uint64((bits + 1) // 2)
+    half = np.uint64(max(1, (bits + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     x = np.array(index, dtype=np.uint64)
     outside = np.ones(len(x), dtype=bool)
@@ -316,13 +329,14 @@ class Sampler:
         counts = systematic_counts(self.weights, self.batch_size, generator.random())
         windows, drawn = [], list(state["drawn"])
         for i, n in enumerate(counts.tolist()):
-            while n > 0:  # once, or once more for every epoch that ends within these n
-                epoch, first = divmod(drawn[i], len(self.dataset.train[i]))
-                taken = min(n, len(self.dataset.train[i]) - first)
-                keys = round_keys(self.seed, self.dataset.domains[i], epoch)
-                windows.append(permute(np.arange(first, first + taken), len(self.dataset.train[i]), keys))
-                drawn[i] += taken
-                n -= taken
+            size = len(self.dataset.train[i])
+            while n > 0:  # once, or more often where a block or an epoch ends
+                epoch, place = divmod(drawn[i], size)
+                block, start = divmod(place, BLOCK)
+                taken = order(self.seed, self.dataset.domains[i], epoch, size, block)[start : start + n]
+                windows.append(taken)
+                drawn[i] += len(taken)
+                n -= len(taken)
         domain = np.repeat(np.arange(len(counts)), counts)
         shuffle = generator.permutation(self.batch_size)
         return domain[shuffle], np.concatenate(windows)[shuffle], {"step": state["step"] + 1, "drawn": drawn}

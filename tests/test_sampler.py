@@ -102,16 +102,20 @@ def test_permute_of_many_is_that_of_each(size, at, seed):
 
 def test_a_few_windows_come_in_every_order():
     """24 orders of 4 windows; a Feistel network reaches the 12 even ones only. Mean 1 in 24, five deviations."""
-    orders = [tuple(permute(np.arange(4), 4, round_keys(seed, "domain", 0)).tolist()) for seed in range(2400)]
+    orders = [tuple(sampler.order(seed, "domain", 0, 4, 0).tolist()) for seed in range(2400)]
     seen = np.array([orders.count(order) for order in set(orders)])
     assert len(seen) == 24 and ((seen - 100) ** 2 / 100).sum() < 23 + 5 * (2 * 23) ** 0.5
 
 
-def test_permute_depends_on_seed_domain_and_epoch():
+def test_order_depends_on_seed_domain_and_epoch():
     orders = {permute(np.arange(100), 100, round_keys(seed, domain, epoch)).tobytes()
               for seed in (0, 1, 11) for domain in ("a", "b", "1/a") for epoch in (0, 1, 10)}
     assert len(orders) == 27
-    assert np.array_equal(round_keys(3, "x", 4), round_keys.__wrapped__(3, "x", 4))  # and on nothing else
+    uncached = sampler.order.__wrapped__
+    for size in (4, 1024, 1025, 5000):  # and on nothing else; the blocks of an epoch are parts of one permutation
+        blocks = [uncached(3, "x", 4, size, block) for block in range(-(-size // 1024))]
+        assert sorted(np.concatenate(blocks)) == list(range(size))
+        assert all(np.array_equal(found, sampler.order(3, "x", 4, size, i)) for i, found in enumerate(blocks))
 
 
 @pytest.mark.parametrize("size", [3, 4, 6, 13])
@@ -120,7 +124,7 @@ def test_first_two_windows_of_an_epoch_are_uniform(size):
     pairs, draws = size * (size - 1), 60 * size * (size - 1)
     seen = np.zeros((size, size))
     for epoch in range(draws):
-        first, second = permute(np.array([0, 1]), size, round_keys.__wrapped__(7, "domain", epoch))
+        first, second = sampler.order(7, "domain", epoch, size, 0)[:2]
         seen[first, second] += 1
     assert np.trace(seen) == 0
     chi_square = ((seen[~np.eye(size, dtype=bool)] - 60) ** 2 / 60).sum()
