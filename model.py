@@ -46,8 +46,16 @@ class Linear(nn.Linear):
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
+    def reset_parameters(self):
+        """Draw nothing: `initial_parameters` does, and on the meta device PyTorch would import its compiler for it."""
+
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Draw nothing, as above."""
 
 
 class RMSNorm(nn.Module):
@@ -61,8 +69,9 @@ class RMSNorm(nn.Module):
 
 def rotary_table(block_size, head_size, base=10_000.0):
     """Cosines and sines of the rotary embedding (Su et al. 2021, eq. 34): (2, T, E / 2) float64."""
-    frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64) / head_size)
-    angle = torch.outer(torch.arange(block_size, dtype=torch.float64), frequency)
+    cpu = torch.device("cpu")  # also while a model is made on the meta device
+    frequency = base ** -(torch.arange(0, head_size, 2, dtype=torch.float64, device=cpu) / head_size)
+    angle = torch.outer(torch.arange(block_size, dtype=torch.float64, device=cpu), frequency)
     return torch.stack([angle.cos(), angle.sin()])
 
 
@@ -191,9 +200,8 @@ class Transformer(nn.Module):
     def __init__(self, config, dtype=torch.float32, recompute=False):
         super().__init__()
         self.config, self.dtype = config, dtype
-        with torch.random.fork_rng(devices=[]):  # torch's own initial values are not used, nor drawn on the meta device
-            self.embedding = nn.Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.embedding = Embedding(config.vocab_size, config.n_embd)  # tied: also the output head
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd)
         self.loss, self.gradients = chunk_loss, chunk_gradients
         self.register_buffer("rotary", self.make_rotary(), persistent=False)
@@ -252,7 +260,6 @@ class Transformer(nn.Module):
             model.load_state_dict(parameters, assign=True)
         except RuntimeError:
             raise UserError(f"the checkpoint does not match the shape in its config.json: {config['model']}") from None
-        model.rotary = model.make_rotary()
         return model
 
     def freeze(self):
