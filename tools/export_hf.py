@@ -18,9 +18,10 @@ import torch
 from common import cli
 from common.cli import UserError
 from common.files import staged
+from common.run import check_same, load_finished
 from common.tokenizer import EOT, data_tokenizer
-from evaluate import load_runs
 from model import Transformer
+from sampler import load_dataset
 
 try:
     import tokenizers
@@ -29,14 +30,14 @@ except ImportError as error:
     tokenizers, missing = None, error.name
 
 
-def llama_config(shape, eot):
-    """shape: "model" of the run's config.json; eot: id of the end-of-text token."""
+def llama_config(model, eot):
+    """model: that of the run's config.json; eot: id of the end-of-text token."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32",
-        "vocab_size": shape["vocab_size"], "max_position_embeddings": shape["block_size"],
-        "num_hidden_layers": shape["n_layer"], "num_attention_heads": shape["n_head"],
-        "num_key_value_heads": shape["n_kv_head"], "head_dim": shape["n_embd"] // shape["n_head"],
-        "hidden_size": shape["n_embd"], "intermediate_size": shape["n_ffn"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "vocab_size": model["vocab_size"], "max_position_embeddings": model["block_size"],
+        "num_hidden_layers": model["n_layer"], "num_attention_heads": model["n_head"],
+        "num_key_value_heads": model["n_kv_head"], "head_dim": model["n_embd"] // model["n_head"],
+        "hidden_size": model["n_embd"], "intermediate_size": model["n_ffn"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
         "rope_theta": 10_000.0,  # transformers 4 reads this, transformers 5 the next line
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
         "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False,
@@ -59,7 +60,7 @@ def llama_parameters(model):
     return {f"model.{name}.weight": tensor.detach().float().clone() for name, tensor in found.items()}
 
 
-def from_ranks(ranks, pattern, eot):
+def byte_level_bpe(ranks, pattern, eot):
     """A tokenizers.Tokenizer with tiktoken's ids.  ranks: {bytes: id}; pattern: how text is split into words.
 
     tiktoken joins any two neighbours that form a token. A merge list joins only the pairs that it names, so this one
@@ -69,8 +70,11 @@ def from_ranks(ranks, pattern, eot):
     for i, b in enumerate([*range(33), *range(127, 161), 173]):
         letters[b] = chr(256 + i)
     name = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [(name[token[:i]], name[token[i:]]) for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        for i in range(1, len(token)):
+            if token[:i] in ranks and token[i:] in ranks:
+                merges.append((name[token[:i]], name[token[i:]]))
     vocabulary = {name[token]: rank for token, rank in ranks.items()} | {EOT: eot}
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
     # In Oniguruma, {1,3}+ repeats {1,3}; to tiktoken it is {1,3} without backtracking, which makes no difference here
@@ -86,7 +90,7 @@ def hf_tokenizer(dataset):
     """The data set's tokenizer as a tokenizers.Tokenizer, and the name of its end-of-text token, which comes first."""
     tokenizer, eot = data_tokenizer(dataset), dataset.meta["eot_token"]
     if tokenizer.encoding:
-        made = from_ranks(tokenizer.encoding._mergeable_ranks, tokenizer.encoding._pat_str, eot)
+        made = byte_level_bpe(tokenizer.encoding._mergeable_ranks, tokenizer.encoding._pat_str, eot)
     else:
         made = tokenizers.Tokenizer.from_buffer(tokenizer.file[1])
         made.no_truncation()
@@ -106,8 +110,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not tokenizers:
         raise UserError(f"export_hf.py needs the package {missing}: pip install '.[hf]'")
-    [(config, parameters)], dataset = load_runs([args.run], args.data_dir)
-    model = Transformer.load(config, parameters, torch.float32)
+    config, checkpoint = load_finished(args.run, ("reference", "proxy", "large"))
+    dataset = load_dataset(args.data_dir or config["data"]["data_dir"], config["model"]["block_size"])
+    check_same([dataset.directory, args.run], [{"tokenizer_sha256": sha256} for sha256 in (
+        dataset.meta["tokenizer_sha256"], config["data"]["tokenizer_sha256"])], "give the run's data set")
+    model = Transformer.load(config, checkpoint["model"], torch.float32)
     tokenizer, eot = hf_tokenizer(dataset)
     files = {"config.json": llama_config(config["model"], dataset.meta["eot_token"]), "tokenizer_config.json": {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
