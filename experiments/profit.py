@@ -16,6 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
+from common.run import load_finished
+from common.scores import bits_per_byte, read_scores
+from compare import tokens_to_reach
+
 LABELS = {
     "natural": "natural", "temperature-0.7": "temperature 0.7", "temperature-0.5": "temperature 0.5",
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
@@ -38,18 +42,6 @@ def reversed_tilt(answer, r):
     """The mixture that departs from r the other way: r^2 / answer, normalised."""
     opposite = r**2 / answer
     return opposite / opposite.sum()
-
-
-def tokens_to_reach(tokens, loss, target):
-    """Tokens at which the loss first reaches the target, linear between evaluations; NaN if it never does."""
-    below = np.flatnonzero(loss <= target)
-    if not len(below):
-        return np.nan
-    i = below[0]
-    if i == 0:
-        return float(tokens[0])
-    part = (loss[i - 1] - target) / (loss[i - 1] - loss[i])
-    return float(tokens[i - 1] + part * (tokens[i] - tokens[i - 1]))
 
 
 def behind_front(front, point):
@@ -103,13 +95,23 @@ def collect(out_dir, results):
                       "unweighted": np.round(losses.mean(axis=1), 5).tolist(),
                       "weighted": np.round(losses @ (counts / counts.sum()), 5).tolist(),
                       "loss": np.round(losses[-1], 5).tolist()})
-        if (log := run / "evaluation.jsonl").exists():  # of evaluate.py: natural first, other text, and tasks
-            for line in map(json.loads, log.read_text().splitlines()):
-                if (Path(line["baseline"]).name == f"natural-{seed}" and {"domains", "tasks"} <= line.keys()
-                        and line["data_dir"] != config["data"]["data_dir"]):
-                    lines[-1] |= {key: {name: round(part["change"], 4) for name, part in line[kind].items()}
-                                  for key, kind in (("unseen", "domains"), ("tasks", "tasks"))}
+        own = Path(config["data"]["data_dir"]).name
+        here, natural = (evaluated(path, own) for path in (run, out_dir / f"natural-{seed}"))
+        if all(here.values()) and all(natural.values()):
+            for kind, bpb in here.items():
+                lines[-1][kind] = {name: round(bpb[name] - natural[kind][name], 4) for name in bpb}
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def evaluated(run, own):
+    """{"unseen" or "tasks": {name: bits per byte}} of what evaluate.py has scored.  own: the data set trained on."""
+    found = {"unseen": {}, "tasks": {}}
+    scores, _ = read_scores(run / "evaluation", load_finished(run, ("large",))[1]["model"])
+    for each in scores.values():
+        kind = "tasks" if each["kind"] == "tasks" else "unseen"
+        if kind == "tasks" or each["name"] != own:
+            found[kind] |= {name: bits_per_byte(part) for name, part in each["parts"].items()}
+    return found
 
 
 # ---- reporting

@@ -3,8 +3,13 @@
 import functools
 import json
 
+import numpy as np
 import pytest
+import torch
 from conftest import printed, refused
+
+from common.run import identity
+from compare import tokens_to_reach
 
 DOMAINS = ["books", "code", "web"]
 BASELINE = [[4.0, 3.0, 5.0], [3.5, 2.5, 4.5], [3.0, 2.0, 4.0], [2.0, 1.5, 3.1]]  # means 4, 3.5, 3, 2.2
@@ -25,6 +30,8 @@ def large_run(path, losses, weights=OTHER, domains=DOMAINS, seed=1, tokens_per_s
         "flags": {"max_steps": 400, "batch_size": tokens_per_step // 8, "eval_windows": 0, "seed": seed,
                   "out_dir": str(path), **(flags or {})}}
     (path / "config.json").write_text(json.dumps({**config, **changes}))
+    torch.save({"stage": "large", "identity": identity({**config, **changes}), "step": 400, "seconds": 1.0, "model": {
+        "weight": torch.full((3,), float(seed))}}, path / "ckpt.pt")
     lines = [{"step": step, "tokens": step * tokens_per_step, "seconds": 1.0, "val_loss": dict(zip(domains, row)),
               "val_bpb": {}, "val_loss_mean": sum(row) / len(row), "val_loss_worst": max(row)}
              for step, row in zip((100, 200, 300, 400), losses)]
@@ -55,7 +62,7 @@ def test_table(runs):
     assert rows["token-weighted"] == ["mean", "2.1083", "-0.1667*", "+0.6000"]
     assert rows["worst"] == ["domain", "3.1000", "-0.5000*", "+1.4000"]
     assert rows["domains"] == ["better", "2", "of", "3", "1", "of", "3"]
-    assert rows["speed-up"] == ["in", "tokens", "2.00x", "not", "reached"]  # 400 steps against 200
+    assert rows["speed-up"] == ["in", "tokens", "2.02x", "not", "reached"]  # 400 / (100 + 100 * 1.7 / 1.7333)
     assert (runs[-1] / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,8 +70,15 @@ def test_speed_up(tmp_path, runs):
     tie = large_run(tmp_path / "tie", [BASELINE[0], BASELINE[3], BASELINE[2], BASELINE[3]], [0.4, 0.3, 0.3])
     half_batch = large_run(tmp_path / "half", FASTER, tokens_per_step=16)
     # At the very value counts as reached; tokens count, not steps; that baseline had its last loss at step 200, too
-    for baseline, other, expected in ((runs[0], tie, "2.00x"), (runs[0], half_batch, "4.00x"), (tie, runs[1], "1.00x")):
+    for baseline, other, expected in ((runs[0], tie, "2.00x"), (runs[0], half_batch, "4.04x"), (tie, runs[1], "1.01x")):
         assert compared(baseline, other)[1]["speed-up"] == ["in", "tokens", expected]
+
+
+def test_tokens_to_reach_a_loss():
+    tokens, loss = np.array([100, 200, 300]), np.array([5.0, 4.0, 3.0])
+    assert tokens_to_reach(tokens, loss, 3.5) == pytest.approx(250)
+    assert tokens_to_reach(tokens, loss, 5.5) == 100
+    assert np.isnan(tokens_to_reach(tokens, loss, 2.9))
 
 
 def test_domains_are_matched_by_name_and_other_sizes_noted(tmp_path, runs):
@@ -105,6 +119,13 @@ def test_other_seeds_are_not_paired(tmp_path):
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, runs, name, changes):
     other = large_run(tmp_path / "other", **{"losses": FASTER, **changes})
     refused(tmp_path, [name], "compare.py", runs[0], other)
+
+
+def test_the_windows_are_those_of_the_metrics(tmp_path, runs):
+    """config.json may have been written by a later resumption."""
+    metrics = runs[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"val_bpb"', '"eval_windows": 5, "val_bpb"'))
+    refused(tmp_path, ["eval_windows", str(runs[1])], "compare.py", runs[0], runs[1])
 
 
 def test_damaged_and_repeated_runs_are_refused(tmp_path, runs):

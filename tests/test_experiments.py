@@ -53,13 +53,6 @@ def test_reversed_tilt_departs_the_other_way():
     assert profit.reversed_tilt(answer, r) == pytest.approx(np.array([0.1, 0.4, 0.8]) / 1.3)
 
 
-def test_tokens_to_reach_a_loss():
-    tokens, loss = np.array([100, 200, 300]), np.array([5.0, 4.0, 3.0])
-    assert profit.tokens_to_reach(tokens, loss, 3.5) == pytest.approx(250)
-    assert profit.tokens_to_reach(tokens, loss, 5.5) == 100
-    assert np.isnan(profit.tokens_to_reach(tokens, loss, 2.9))
-
-
 def test_distance_from_the_front():
     front = np.array([[3.0, 4.0], [3.2, 3.8]])  # token-weighted, unweighted
     assert profit.behind_front(front, (3.2, 3.9)) == pytest.approx(0.05, abs=1e-3)  # (3.15, 3.85) is better in both
