@@ -298,12 +298,12 @@ def main(argv=None):
     content = {"domain_weights": dict(zip(answer.domains, answer.weights.tolist())), "provenance": provenance}
     write_atomically(out_dir / "weights.json", json.dumps(content, indent=2) + "\n")
 
-    print("\n".join([setting, "", *answer_table(answer, args.large_tokens, last_alpha), ""]))
+    cli.print_anywhere("\n".join([setting, "", *answer_table(answer, args.large_tokens, last_alpha), ""]))
     for what, text in numbers.items():
-        print(figures.escaped(f"{what:19}{text}"))
+        cli.print_anywhere(figures.escaped(f"{what:19}{text}"))
     for note in notes:
-        print(figures.escaped(f"note: {note}"))
-    print(f"\nwritten: {out_dir / 'weights.json'}")
+        cli.print_anywhere(figures.escaped(f"note: {note}"))
+    cli.print_anywhere(f"\nwritten: {out_dir / 'weights.json'}")
     title = largest_changes(answer)
     with figures.style(title, setting, *answer.domains, *config["domains"]):
         figures.publish(draw_answer(answer, config["domains"], alphas), title, setting, out_dir / "weights.png")

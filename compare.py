@@ -122,7 +122,7 @@ def read_groups(runs):
 def read_evaluations(run, config, domains):
     """Return {step: losses (P,)} of a finished run, and the number of windows that they are of.  Raises UserError."""
     path, steps, found, windows = run / "metrics.jsonl", config["flags"]["max_steps"], {}, set()
-    schema = {"step": count, "val_loss": dict.fromkeys(domains, float)}
+    schema = {"step": count, "eval_windows": count, "val_loss": dict.fromkeys(domains, float)}
     try:
         for number, line in json_lines(path):
             if isinstance(line, dict) and "val_loss" not in line:
@@ -130,7 +130,7 @@ def read_evaluations(run, config, domains):
             if fault := str(line) if isinstance(line, ValueError) else misfit(line, schema):
                 raise UserError(f"{path}, line {number}: {fault}; expected the metrics of a finished run")
             found[line["step"]] = np.array([line["val_loss"][name] for name in domains])
-            windows.add(line.get("eval_windows", config["flags"]["eval_windows"]))
+            windows.add(line["eval_windows"])
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); expected the metrics of a finished run") from None
     if steps not in found:
@@ -302,17 +302,17 @@ def show(groups, measures, notes):
             notes.append(f"{group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
     for measure in measures:
         versus = ", and its change from the baseline; * is lower" if others else ""
-        print(f"{figures.escaped(measure.title)}{versus}\n")
-        print("\n".join([*change_table(groups, measure), ""]))
+        cli.print_anywhere(figures.escaped(f"{measure.title}{versus}") + "\n")
+        cli.print_anywhere("\n".join([*change_table(groups, measure), ""]))
         for task, (guesses, found) in measure.accuracy.items():
             each = [f"{group.name} {values.mean():.3f}" + f" ± {deviation(values):.3f}" * (len(values) > 1)
                     for group, values in zip(groups, found)]
-            print(figures.escaped(f"accuracy on {task} (chance {guesses:.3f}): {', '.join(each)}"))
+            cli.print_anywhere(figures.escaped(f"accuracy on {task} (chance {guesses:.3f}): {', '.join(each)}"))
         for line in in_words(groups, measure):
-            print(figures.escaped(line))
+            cli.print_anywhere(figures.escaped(line))
         print()
     for note in notes:
-        print(figures.escaped(f"note: {note}"))
+        cli.print_anywhere(figures.escaped(f"note: {note}"))
 
 
 def draw_changes(axes, groups, measure):

@@ -158,7 +158,7 @@ def score_run(folder, config, parameters, jobs, device):
             if not np.isfinite([*one["bits"], *itertools.chain(*one["wrong"])]).all():
                 raise UserError(f"{what}: the loss is not finite; the model has diverged, train it again")
             if bar.disable:  # no terminal
-                print(f"{what}: {len(part.windows):,} windows scored", file=sys.stderr)
+                cli.print_anywhere(f"{what}: {len(part.windows):,} windows scored", sys.stderr)
             scores["parts"][name] = one
             write_atomically(path, json.dumps(scores) + "\n")
         found[job.file] = scores

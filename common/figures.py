@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import font_manager, ft2font
 from matplotlib.ticker import LogLocator
 
+from common.cli import print_anywhere
 from common.files import write_atomically
 
 BEFORE = {"color": "0.45", "marker": "o", "markerfacecolor": "white"}  # in every picture: the reference, the baseline
@@ -134,4 +135,4 @@ def publish(figure, finding, setting, path):
     figure.suptitle(plain(finding), weight="bold", fontsize=12, wrap=True)
     figure.supxlabel(plain(setting), fontsize=8, color="0.45")
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
-    print(f"written: {path}")
+    print_anywhere(f"written: {path}")

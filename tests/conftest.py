@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 #NONE
+from common.run import identity
 from common.tokenizer import load_tokenizer
 from sampler import Sampler, folder_name, load_dataset
 
@@ -144,6 +145,18 @@ def edit(path, change):
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+
+
+def finished_run(path, config, step, parameters=None, **state):
+    """Write config.json and ckpt.pt of a run that has reached `step`.  config: without the shape of the model."""
+    shape = {"vocab_size": 300, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 8, "n_ffn": 8}
+    config = {**config, "model": shape | config["model"]}
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    checkpoint = {"stage": config["stage"], "identity": identity(config), "step": step, "seconds": 1.0,
+                  "model": parameters or {}, "optimizer": {}, "sampler": {"step": step, "drawn": []}, **state}
+    torch.save(checkpoint, path / "ckpt.pt")
+    return path
 
 
 def read_metrics(run_dir):

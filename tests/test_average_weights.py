@@ -12,13 +12,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, printed, refused, write_dataset
+from conftest import ROOT, finished_run, printed, refused, write_dataset
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from average_weights import Answer, draw_answer
 from common import figures
-from common.run import identity
 
 DOMAINS = ["books", "code", "web"]
 GOOD = [0.2, 0.3, 0.5]
@@ -26,21 +25,18 @@ GOOD = [0.2, 0.3, 0.5]
 
 def proxy_run(path, alpha, seed=1, step=None, flags=None, reference=None, **changes):
     """A finished proxy run's directory with the history alpha, T rows of K weights; changes are made to its config."""
-    path.mkdir()
     config = {
         "stage": "proxy", "n_params": 5000, "domains": DOMAINS, "sampling_weights": dict.fromkeys(DOMAINS, 1 / 3),
         "model": {"block_size": 8}, "data": {
-            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32,
-            "train_tokens": {"web": 100, "books": 600, "code": 300}},
-        "flags": {"max_steps": len(alpha), "batch_size": 4, "step_size": 1.0, "smoothing": 1e-3, "learning_rate": 1e-3,
+            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
+            "train_tokens": {"books": 600, "code": 300, "web": 100}},
+        "flags": {"max_steps": len(alpha), "batch_size": 4, "eval_windows": 4, "step_size": 1.0, "smoothing": 1e-3,
+                  "learning_rate": 1e-3,
                   "warmup_steps": 2, "dtype": "float32", "seed": seed, "out_dir": str(path), **(flags or {})},
         "reference": {"out_dir": "checkpoints/reference", "sampling_weights": {"web": 0.2, "books": 0.5, "code": 0.3},
                       "seed": 7, "max_steps": 20, "batch_size": 6, "fingerprint": "cd" * 32, **(reference or {})}}
-    config |= changes
-    (path / "config.json").write_text(json.dumps(config))
-    torch.save({"stage": config["stage"], "identity": identity(config), "step": step or len(alpha), "seconds": 1.0,
-                "alpha_history": torch.tensor(alpha, dtype=torch.float64)}, path / "ckpt.pt")
-    return path
+    return finished_run(path, config | changes, step or len(alpha), alpha_history=torch.tensor(
+        alpha, dtype=torch.float64))
 
 
 average = functools.partial(printed, "average_weights.py")
@@ -187,8 +183,9 @@ def test_seeds_are_moved_together(tmp_path):
 def test_names_of_any_characters(tmp_path):
     """The console cannot show them, and weights.json is there all the same; no picture takes them for markup."""
     names = ["新闻", "$x_{y$", "_misc", "a\nb"]
-    config = {"domains": names, "data": {"data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32,
-                                         "train_tokens": dict.fromkeys(names, 9)}}
+    config = {"domains": names, "sampling_weights": dict.fromkeys(names, 0.25), "data": {
+        "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
+        "train_tokens": dict.fromkeys(names, 9)}}
     reference = {"sampling_weights": dict.fromkeys(names, 0.25)}
     run = proxy_run(tmp_path / "proxy", [[0.1, 0.2, 0.3, 0.4]], reference=reference, **config)
     result = subprocess.run([sys.executable, ROOT / "average_weights.py", run], capture_output=True,

@@ -2,13 +2,13 @@
 
 import functools
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from conftest import printed, refused
+from conftest import finished_run, printed, refused
 
-from common.run import identity
 from compare import tokens_to_reach
 
 DOMAINS = ["books", "code", "web"]
@@ -21,18 +21,16 @@ UNIFORM, OTHER = [1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25]  # sampling weights
 def large_run(path, losses, weights=OTHER, domains=DOMAINS, seed=1, tokens_per_step=32, flags=None, data=None,
               **changes):
     """A run's directory with an evaluation every 100 steps; changes replace parts of its config."""
-    path.mkdir(parents=True)
     config = {
         "stage": "large", "n_params": 5000, "domains": domains, "sampling_weights": dict(zip(domains, weights)),
         "model": {"block_size": 8}, "data": {
-            "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
-            "train_tokens": {name: 100 * len(name) for name in sorted(domains)}, **(data or {})},  # 500, 400, 300
+            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
+            "train_tokens": {name: 100 * len(name) for name in domains}, **(data or {})},  # 500, 400, 300
         "flags": {"max_steps": 400, "batch_size": tokens_per_step // 8, "eval_windows": 0, "seed": seed,
-                  "out_dir": str(path), **(flags or {})}}
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
-    torch.save({"stage": "large", "identity": identity({**config, **changes}), "step": 400, "seconds": 1.0, "model": {
-        "weight": torch.full((3,), float(seed))}}, path / "ckpt.pt")
-    lines = [{"step": step, "tokens": step * tokens_per_step, "seconds": 1.0, "val_loss": dict(zip(domains, row)),
+                  "learning_rate": 1e-3, "out_dir": str(path), **(flags or {})}}
+    finished_run(path, {**config, **changes}, 400, {"weight": torch.full((3,), float(seed))})
+    lines = [{"eval_windows": config["flags"]["eval_windows"], "step": step,
+              "tokens": step * tokens_per_step, "seconds": 1.0, "val_loss": dict(zip(domains, row)),
               "val_bpb": {}, "val_loss_mean": sum(row) / len(row), "val_loss_worst": max(row)}
              for step, row in zip((100, 200, 300, 400), losses)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 1, "loss": 3.0}, *lines]))
@@ -114,7 +112,7 @@ def test_other_seeds_are_not_paired(tmp_path):
     ("domains", {"domains": ["books", "code", "news"]}), ("eval_windows", {"flags": {"eval_windows": 5}}),
     ("tokenizer_sha256", {"data": {"tokenizer_sha256": "cd" * 32}}), ("unfinished", {"losses": FASTER[:3]}),
     ("train_tokens", {"data": {"train_tokens": {"books": 500, "code": 400, "web": 299}}}),
-    ("block_size", {"model": {"vocab_size": 300, "block_size": 16}}),
+    ("block_size", {"model": {"block_size": 16}}),
     ("only one experiment", {"losses": BASELINE, "weights": UNIFORM, "seed": 2})])
 def test_runs_that_cannot_be_compared_are_refused(tmp_path, runs, name, changes):
     other = large_run(tmp_path / "other", **{"losses": FASTER, **changes})
@@ -124,12 +122,15 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path, runs, name, changes)
 def test_the_windows_are_those_of_the_metrics(tmp_path, runs):
     """config.json may have been written by a later resumption."""
     metrics = runs[1] / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace('"val_bpb"', '"eval_windows": 5, "val_bpb"'))
+    metrics.write_text(metrics.read_text().replace('"eval_windows": 0', '"eval_windows": 5'))
     refused(tmp_path, ["eval_windows", str(runs[1])], "compare.py", runs[0], runs[1])
 
 
 def test_damaged_and_repeated_runs_are_refused(tmp_path, runs):
     refused(tmp_path, ["nowhere/config.json"], "compare.py", runs[0], tmp_path / "nowhere")
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    shutil.copy(runs[1] / "config.json", other)
+    refused(tmp_path, [f"{other}/ckpt.pt", "two runs"], "compare.py", runs[0], other)
     refused(tmp_path, ["seed twice"], "compare.py", *runs, large_run(tmp_path / "same", FASTER))
     metrics = runs[1] / "metrics.jsonl"
     metrics.write_text(metrics.read_text() + '{"step": 500, "lo')

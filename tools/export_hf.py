@@ -124,7 +124,7 @@ def main(argv=None):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
         save_file(llama_parameters(model), folder / "model.safetensors", metadata={"format": "pt"})
         tokenizer.save(str(folder / "tokenizer.json"))
-    print(f"written: {args.out_dir}, {config['n_params']:,} parameters")
+    cli.print_anywhere(f"written: {args.out_dir}, {config['n_params']:,} parameters")
 
 
 if __name__ == "__main__":
