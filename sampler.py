@@ -91,9 +91,9 @@ def load_dataset(directory, block_size):
         raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first")
     meta = read_json(path, META, "prepare the data set again")
     dtype, domains = np.dtype(meta["dtype"]).newbyteorder("<"), tuple(meta["domains"])
-    if not domains or meta["vocab_size"] > np.iinfo(dtype).max + 1:
-        raise UserError(f"{path} has {len(domains)} domains and vocab_size {meta['vocab_size']} in {meta['dtype']}; "
-                        "prepare the data set again")
+    if not domains or meta["vocab_size"] > np.iinfo(dtype).max + 1 or meta["eot_token"] >= meta["vocab_size"]:
+        raise UserError(f"{path} has {len(domains)} domains, vocab_size {meta['vocab_size']} in {meta['dtype']} and "
+                        f"eot_token {meta['eot_token']}; prepare the data set again")
     allow_open_files(2 * len(domains) + 100)  # every map holds one
     splits = {"train": [], "val": []}
     for name, counts in meta["domains"].items():
@@ -101,6 +101,8 @@ def load_dataset(directory, block_size):
             file = path.parent / folder_name(name) / f"{split}.bin"
             n_tokens = counts[f"{split}_tokens"]
             size = counts.get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see tools/link.py
+            if not count(size):
+                raise UserError(f"{path}: domains.{name}.{split}_file_bytes is {shown(size)}; prepare the data set again")
             windows.append(map_windows(file, size, n_tokens, dtype, block_size))
     return Dataset(str(directory), meta, block_size, domains, tuple(splits["train"]), tuple(splits["val"]))
 
@@ -375,6 +377,9 @@ class Sampler:
         return {"step": self.state["step"], "drawn": list(self.state["drawn"])}
 
     def load_state_dict(self, state):
+        if len(state["drawn"]) != len(self.dataset.domains):
+            raise UserError(f"ckpt.pt: the sampler drew from {len(state['drawn'])} domains, the data set has "
+                            f"{len(self.dataset.domains)}; delete it to start again")
         self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None
         self.warned = set(np.flatnonzero(self.epochs() > 4).tolist())
 

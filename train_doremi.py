@@ -12,6 +12,7 @@ import sys
 import torch
 
 from common import cli, ranks
+from common.cli import UserError
 from common.files import write_atomically
 from common.run import Run, add_machine_flags, fingerprint, load_finished, read_config
 from model import ModelConfig, Transformer
@@ -69,6 +70,15 @@ def save_weight_history(run, alpha_history):
         last.unlink()
 
 
+def tensor_of(checkpoint, name, shape):
+    """A tensor of a checkpoint.  Raises UserError unless it has this shape and is finite."""
+    found = checkpoint.get(name)
+    if not isinstance(found, torch.Tensor) or found.shape != shape or not found.isfinite().all():
+        raise UserError(f"ckpt.pt: {name} is no finite tensor of shape {shape}; it was changed, or written by another "
+                        "version: delete it to start again")
+    return found
+
+
 def update_alpha(alpha, excess, step_size, smoothing):
     """alpha' = alpha * exp(step_size * excess);  alpha = (1 - c) * alpha' / sum(alpha') + c / K.    (Alg. 1)
 
@@ -113,8 +123,8 @@ def train(args):
     if run.checkpoint:
         ranks.load(model, optimizer, run.checkpoint, machine)
         sampler.load_state_dict(run.checkpoint["sampler"])
-        excess = run.checkpoint["excess"].to(alpha)
-        alpha_history[: run.start] = run.checkpoint["alpha_history"]
+        excess = tensor_of(run.checkpoint, "excess", (K,)).to(alpha)
+        alpha_history[: run.start] = tensor_of(run.checkpoint, "alpha_history", (run.start, K))
         alpha = alpha_history[run.start - 1].clone()
 
     step, stop, named = run.start, False, dataset.by_name

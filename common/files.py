@@ -89,8 +89,8 @@ def misfit(value, schema, place=""):
         good = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
     else:
         good = schema(value)
-    kind = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false"}
-    return None if good else f"{where} is {shown(value, 60)}, expected {kind.get(schema) or schema.__doc__}"
+    kinds = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false", dict: "an object"}
+    return None if good else f"{where} is {shown(value, 60)}, expected {kinds.get(schema) or schema.__doc__}"
 
 
 def count(value):
@@ -131,7 +131,7 @@ def write_atomically(path, content):
             temporary.unlink()
         if is_of_the_file(error):
             raise UserError(f"{path} could not be written ({shorter(error)}); free space or choose another place, "
-                            "then run the same command again; training continues with --resume") from None
+                            "then run the same command again") from None
         raise
 
 

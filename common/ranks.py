@@ -258,13 +258,25 @@ def gather(model, optimizer):
 
 def load(model, optimizer, checkpoint, machine):
     """Load what `gather` returned.  Only rank 0 needs it; the others get their shards from there.  Raises UserError."""
+    machine.from_main(lambda: check_fit(model, checkpoint))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=machine.world_size > 1)
-    try:
-        set_optimizer_state_dict(model, optimizer, checkpoint.get("optimizer", {}), options=options)
-        set_model_state_dict(model, checkpoint.get("model", {}), options=options)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's parameters or moments do not fit the model ({str(error)[:200]}); it was "
-                        "changed, or written by another version: choose another --out_dir") from None
+    set_optimizer_state_dict(model, optimizer, checkpoint.get("optimizer", {}), options=options)
+    set_model_state_dict(model, checkpoint.get("model", {}), options=options)
+
+
+def check_fit(model, checkpoint):
+    """Raise UserError unless a checkpoint has each parameter and its moments in their shapes: PyTorch leaves what is
+    missing as it is."""
+    moments = checkpoint["optimizer"].get("state", {})
+    for name, parameter in model.named_parameters():
+        entries = {"the parameter": checkpoint["model"].get(name)}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            entries[moment] = moments.get(name, {}).get(moment)
+        for what, found in entries.items():
+            shape = list(found.shape) if isinstance(found, torch.Tensor) else None
+            if shape != list(parameter.shape):
+                raise UserError(f"ckpt.pt: {what} of {name} has the shape {shape}, expected {list(parameter.shape)}; it "
+                                "was changed, or written by another version: delete it to start again")
 
 
 def decides_to_compile(args, machine, flops):

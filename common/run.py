@@ -343,6 +343,8 @@ def load_checkpoint(out_dir, stage=None, expected=None):
                         "project; delete it to start again") from None
     if fault := misfit(checkpoint, CHECKPOINT):
         raise UserError(f"{path}: {fault}; it was written by another version: delete it to start again")
+    if checkpoint["step"] > checkpoint["identity"].get("max_steps", 0):
+        raise UserError(f"{path}: step {checkpoint['step']} is past the run's end; delete it to start again")
     if stage and checkpoint["stage"] != stage:
         raise UserError(f"{path} is the checkpoint of a {checkpoint['stage']} run; expected a {stage} run")
     for name in sorted((expected or {}).keys() | checkpoint["identity"].keys() if expected else ()):
