@@ -2,23 +2,23 @@
 
 reads   INPUT, one of
           a directory with one entry per domain:
-            DOMAIN/                       each file is a document; of a .jsonl or .parquet file, each row
+            DOMAIN/                       each file is a document; of JSON lines and Parquet, each row
             DOMAIN.txt                    documents between <|endoftext|> marks; without marks, pieces of 4 to 8 KB
-            DOMAIN.jsonl[.gz|.xz|.zst]    one document per line
+            DOMAIN.jsonl[.gz|.xz|.zst]    one document per line (.ndjson and .json are read as the same)
             DOMAIN.parquet                one document per row
-          with --domain_key, a file or directory of mixed rows (.jsonl or .parquet)
+          with --domain_key, a file or directory of mixed rows (JSON lines or Parquet)
           hf:OWNER/NAME[:CONFIG[:SPLIT]], a data set of the Hugging Face hub, streamed
 writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer if it was trained or came from a file
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
 A .bin file holds little-endian token ids; each document begins with the end-of-text token. A hash of its text sends a
 document to train or val. Duplicates therefore never straddle the split, and order, domain and format do not matter.
-OUT_DIR appears when everything is written, or not at all. For data that is already tokenized see link.py.
+Hidden files are no data, and a file counts once, however many links lead to it. OUT_DIR appears when everything is
+written, or not at all. For data that is already tokenized see tools/link.py.
 """
 
 import gzip
 import hashlib
-import heapq
 import io
 import json
 import lzma
@@ -28,139 +28,291 @@ import re
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, UserError, fraction, positive, run
-from common.files import staged
-from common.tokenizer import EOT, EOT_NAMES, cut, load_tokenizer, optional
+from common.files import parse_lines, sample_sha256, staged, visible, walk
+from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_text
 from sampler import folder_name
 
 MARK = EOT.encode()  # between the documents of a .txt file
-ROWS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet")
+BOM = b"\xef\xbb\xbf"  # what some editors write before the text
+ROWS = re.compile(r"(?i)\.((jsonl|ndjson|json)(\.(gz|xz|zst))?|parquet)$")
+BINARY = re.compile(r"(?i)\.(gz|tgz|xz|zst|zstd|bz2|lz4|zip|tar|7z|arrow|feather|orc|avro|np[yz]|bin|idx|ds|pdf|docx)$")
+KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst, .parquet"
 ABOUT = re.compile(r"(?i)(readme|licen[cs]es?|notice|copying|citation|changelog)(\.(txt|md|rst|cff))?$")
+HELD_OUT = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test|testing|eval|evaluation|held[-_]?out|holdout)(?![a-z])")
+TRAINING = re.compile(r"(?i)(?<![a-z])train(ing)?(?![a-z])")
+OWN_FILES = re.compile(r"(?i)(meta\.json|tokenizer\..*)$")  # in OUT_DIR
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
+SPAN = 1 << 20  # bytes decoded at once
 SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains
+MEASURED = 4 << 20  # bytes of a file of rows from which the bytes of all its text are estimated
 MOST_DOMAINS = 2000
 SIDES = ("train", "val")
+
+
+# ---- what INPUT holds ----------------------------------------------------------------------------------------------
+
+
+class Input(NamedTuple):
+    path: Path | str  # hf:...
+    domain: str | None  # None: each row names its own
+    kind: str  # rows, pieces (DOMAIN.txt), or document (a file of text in a domain's folder)
+
+
+def find_inputs(source, domain_key):
+    """List INPUT.  Raises UserError for whatever in it is no data, before anything is read."""
+    if source.startswith("hf:"):
+        return [Input(source, None if domain_key else hub_name(source), "rows")]
+    root = Path(source)
+    if domain_key:
+        return mixed_rows(root)
+    if root.is_file():
+        raise UserError(f"{root}: is one file; give a directory with one entry per domain, or rows and --domain_key")
+    inputs = []
+    for domain, entry, paths in domain_entries(root, re.compile(rf"(?i)\.txt$|{ROWS.pattern[4:]}")):
+        refuse_held_out(entry, paths)
+        for path in paths:
+            if ROWS.search(path.name):
+                kind = "rows"
+            elif path != entry and not BINARY.search(path.name):
+                kind = "document"
+            elif path == entry and path.suffix.lower() == ".txt":
+                kind = "pieces"
+            else:
+                raise UserError(f"{path}: unknown file type; expected {'a folder, ' * (path == entry)}{KINDS}; remove "
+                                "it, or begin its name with a dot")
+            inputs.append(Input(path, domain, kind))
+    return inputs
+
+
+def hub_name(source):
+    return source.split(":")[1].split("/")[-1]
+
+
+def domain_entries(root, suffix, beside=None):
+    """Yield (domain, entry, its files) of a directory with one entry per domain, sorted.  tools/link.py reads it, too.
+
+    suffix: pattern of what is no part of a domain's name; beside: pattern of files that belong to others.
+    """
+    entries = sorted(visible(root))
+    splits = any(TRAINING.search(entry.name) for entry in entries)
+    domains, earlier = {}, {}
+    for entry in entries:
+        if entry.is_file() and ABOUT.match(entry.name):
+            print(f"skipping {entry}: it describes the data")
+            continue
+        if beside and beside.search(entry.name):
+            continue
+        domain = entry.name if entry.is_dir() else suffix.sub("", entry.name)
+        check_domain_name(domain, entry)
+        if HELD_OUT.fullmatch(domain) or (splits and HELD_OUT.search(domain)):
+            raise UserError(f"{entry}: held-out text is no domain; put a domain's files into one folder, rename it, or "
+                            "remove it")
+        if domain in domains:
+            raise UserError(f"domain {domain!r}: has two entries, {domains[domain]} and {entry}; rename one")
+        domains[domain], seen = entry, {}
+        paths = sorted(walk(entry, seen), key=str)
+        if not paths:
+            raise UserError(f"{entry}: holds no documents; add some, or remove it")
+        for identity in seen.keys() & earlier.keys():
+            raise UserError(f"{seen[identity]}: is {earlier[identity]}, which belongs to another domain; remove one")
+        earlier |= seen
+        yield domain, entry, paths
+    if not domains:
+        raise UserError(f"{root}: holds no documents; expected one entry per domain: a folder, {KINDS}")
+
+
+def mixed_rows(root):
+    """List the files at or below a path, of which every row names its domain."""
+    paths = [path for path in sorted(walk(root, {}), key=str) if path.parent != root or not ABOUT.match(path.name)]
+    for path in paths:
+        if not ROWS.search(path.name):
+            raise UserError(f"{path}: unknown file type; expected {KINDS[6:]}; remove it, or begin its name with a dot")
+    refuse_held_out(root, paths)
+    if not paths:
+        raise UserError(f"{root}: holds no documents; add some, or remove it")
+    return [Input(path, None, "rows") for path in paths]
+
+
+def refuse_held_out(folder, paths):
+    """Raise UserError if one of the paths below a folder is named as held-out text, which would be trained on.
+
+    Rows are by any part of their name. Text is only beside its like for training, as test.txt beside train.txt is: a
+    domain of code may well have a test.py.
+    """
+    names = {path: path.relative_to(folder).parts for path in paths if path != folder}
+    training = {TRAINING.sub("*", parts[0]) for parts in names.values()}
+    for path, parts in names.items():
+        if ROWS.search(path.name):
+            held_out = any(HELD_OUT.search(part) for part in parts)
+        else:
+            held_out = HELD_OUT.search(parts[0]) and HELD_OUT.sub("*", parts[0]) in training
+            held_out = held_out and (len(parts) > 1 or path.suffix in ("", ".txt", ".raw"))
+        if held_out:
+            raise UserError(f"{path}: is named as held-out text, which would be trained on; remove it, begin its name "
+                            "with a dot, or rename it")
+
+
+def check_domain_name(name, place):
+    if name[:1] in (" ", ".", "") or not name.isprintable() or len(folder_name(name)) > 200 or OWN_FILES.match(name):
+        raise UserError(f"{place}: {name!r} cannot name a domain, for it names a folder in OUT_DIR; choose another")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def find_inputs(source, domain_key):
-    """List INPUT as sorted (domain, path) pairs; the domain is None where each row names its own."""
-    if source.startswith("hf:"):
-        return [(None if domain_key else source.split(":")[1].split("/")[-1], source)]
-    root = Path(source)
-    if not root.exists() or (root.is_file() and not domain_key):
-        found = "is one file" if root.exists() else "no such file or directory"
-        raise UserError(f"{root}: {found}; give a directory with one entry per domain, or rows and --domain_key")
-    inputs, entries = [], {}
-    folder, names = (root.parent, [root.name]) if root.is_file() else (root, glob("**", root_dir=root, recursive=True))
-    for path in (folder / name for name in sorted(names)):  # glob leaves out what begins with a dot
-        top, *below = path.relative_to(folder).parts
-        if path.is_dir():
-            if not below and not domain_key:
-                entries[top] = None  # to be found empty, or not
-        elif not below and ABOUT.match(top):
-            print(f"skipping {path}: it describes the data")
-        elif not path.name.endswith(ROWS) and (domain_key or not (below or path.suffix == ".txt")):
-            raise UserError(f"{path}: unknown file type; expected {'' if domain_key else 'a folder, .txt, '}"
-                            f"{', '.join(ROWS)}; remove it, or begin its name with a dot")
-        else:
-            name = None if domain_key else top if below else re.sub(r"(\.txt|\.jsonl(\.\w+)?|\.parquet)$", "", top)
-            if name and (entries.get(name) or top) != top:
-                raise UserError(f"domain {name!r}: has two entries, {entries[name]} and {top}; rename one")
-            entries[name] = top
-            inputs.append((name, path))
-    if not inputs or None in entries.values():
-        empty = ", ".join(f"{root / name}" for name in entries if not entries[name])
-        raise UserError(f"{empty or root}: holds no documents; add some, or remove it")
-    return inputs
-
-
 def read_documents(inputs, text_key, domain_key, max_bytes=None):
     """Yield (domain, UTF-8 bytes) of each document.
 
-    max_bytes is shared out over the files by their size: a sample takes from every file and keeps their proportions.
+    max_bytes is shared out over the files by the text in them: a sample takes the beginning of every file and keeps
+    their proportions.
     """
-    sizes = [1 if str(path).startswith("hf:") else os.path.getsize(path) for _, path in inputs]
+    sizes = [text_size(each, text_key) if max_bytes and len(inputs) > 1 else 1 for each in inputs]
     seen, taken, budget = set(), 0, 0
-    for (domain, path), size in zip(inputs, sizes):
+    for each, size in zip(inputs, sizes):
         budget += max_bytes * size / max(sum(sizes), 1) if max_bytes else np.inf
-        documents = read_file(domain, path, text_key, domain_key) if taken < budget else ()
-        for name, data in documents:
-            if name not in seen:
-                seen.add(name)
-                if name[:1] in (" ", ".", "") or not name.isprintable() or len(folder_name(name)) > 200:
-                    raise UserError(f"{path}: {name!r} cannot name a domain, for it names a folder; choose another key")
+        documents = read_file(each, text_key, domain_key) if taken < budget else ()
+        for domain, data in documents:
+            if domain not in seen:
+                seen.add(domain)
+                check_domain_name(domain, each.path)
                 if len(seen) > MOST_DOMAINS:
-                    raise UserError(f"{path}: more than {MOST_DOMAINS} domains; is --domain_key={domain_key} right?")
-            yield name, data
+                    raise UserError(f"{each.path}: more than {MOST_DOMAINS} domains; is --domain_key={domain_key} "
+                                    "right?")
+            yield domain, data
             taken += len(data)
             if taken >= budget:
                 break
-    for domain, path in inputs:
-        if domain not in seen and (domain or not seen):
+    for each in inputs:
+        if each.domain not in seen and (each.domain or not seen):
             more = f", or raise --max_bytes={max_bytes}" if max_bytes else ""
-            raise UserError(f"{path}: gives no document; add some, or remove it{more}")
+            raise UserError(f"{each.path}: gives no document; add some, or remove it{more}")
 
 
-def read_file(domain, path, text_key, domain_key):
-    """Yield (domain, UTF-8 bytes) of each document of one file."""
-    place = path
+def text_size(each, text_key):
+    """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
+    if each.kind != "rows":
+        return each.path.stat().st_size
+    total = 0
+    for place, row, done in read_rows(each.path, [text_key]):
+        total += len(field(row, text_key, place).encode())
+        if done * each.path.stat().st_size >= MEASURED:
+            return total / done
+    return total
+
+
+def read_file(each, text_key, domain_key):
+    """Yield (domain, UTF-8 bytes) of each document of one Input.  A byte order mark is no part of a document."""
+    if each.kind == "rows":
+        for place, row, _ in read_rows(each.path, [key for key in (text_key, domain_key) if key]):
+            text = field(row, text_key, place).removeprefix("\ufeff")
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{place}: its text has half a surrogate pair, which is no character; remove the row")
+            yield each.domain or field(row, domain_key, place), text.encode()
+        return
     try:
-        if str(path).endswith(ROWS) or str(path).startswith("hf:"):
-            for number, row in enumerate(read_rows(path, [key for key in (text_key, domain_key) if key]), 1):
-                place = f"{path}, {'line' if isinstance(row, bytes) else 'row'} {number}"
-                if isinstance(row, bytes):
-                    if not (row := row.strip()):
-                        continue
-                    row = json.loads(row)
-                yield domain or field(row, domain_key, place), field(row, text_key, place).encode()
-        else:
-            whole = path.name != f"{domain}.txt" or path.parent.name == domain
-            for number, data in enumerate([path.read_bytes()] if whole else read_pieces(path), 1):
-                place = path if whole else f"{path}, document {number}"
-                data.decode()  # raises where it is not UTF-8
-                yield domain, data
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{place}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
+        for number, data in enumerate(documents, 1):
+            place = f"{each.path}, document {number}" if each.kind == "pieces" else each.path
+            check_text(data, place, text_key)
+            yield each.domain, data.removeprefix(BOM)
+    except OSError as error:
+        raise UserError(f"{each.path}: cannot be read: {error.strerror}") from None
+
+
+def check_text(data, place, text_key):
+    """Raise UserError if a document of a text file is not UTF-8, or has rows in it."""
+    for start, end in pairwise((0, *split_text(data, SPAN))):
+        try:
+            data[start:end].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: is no text in UTF-8: byte {data[start + error.start]:#x} at position "
+                            f"{start + error.start:,}; convert it, or remove it") from None
+    if data.startswith(b"{"):
+        for _, row in parse_lines(io.BytesIO(data[: 1 << 16])):
+            if isinstance(row, dict) and text_key in row:
+                raise UserError(f"{place}: holds rows, not text; end its name in .jsonl")
+            break
 
 
 def read_rows(path, keys):
-    """Yield the lines of JSON lines, or the rows of Parquet or of a data set of the hub."""
-    if str(path).startswith("hf:"):
-        name, config, split, *_ = *path[3:].split(":"), "", ""
-        load_dataset = optional("datasets", path).load_dataset
-        try:
-            yield from load_dataset(name, config or None, split=split or "train", streaming=True)
-        except Exception as error:  # what fails here is the network, the name or the data
-            raise UserError(f"{path}: cannot be loaded: {type(error).__name__}: {error}") from None
-    elif path.suffix == ".parquet":
-        file = optional("pyarrow.parquet", path).ParquetFile(path)
-        for batch in file.iter_batches(256, columns=[key.split(".")[0] for key in keys]):
-            yield from batch.to_pylist()
-    elif path.suffix == ".zst":  # pyarrow reads every frame, and notices a missing end
-        yield from io.BufferedReader(optional("pyarrow", path).input_stream(str(path)), 1 << 20)
-    else:
-        with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb") as file:
-            yield from file
+    """Yield (place, row, done): where a row is, for messages; an object; the part of the file that was read, 0 to 1."""
+    place = path
+    try:
+        if str(path).startswith("hf:"):
+            rows = ((f"{path}, row {number}", row, 0) for number, row in enumerate(hub_rows(path), 1))
+        elif path.suffix.lower() == ".parquet":
+            rows = parquet_rows(path, keys)
+        else:
+            rows = json_rows(path)
+        for place, row, done in rows:
+            if isinstance(row, list):
+                raise UserError(f"{place}: is a JSON array; write its items one to a line")
+            yield place, row, done
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{place}: cannot be read further: {getattr(error, 'strerror', None) or error}") from None
+
+
+def json_rows(path):
+    """Yield read_rows' triples of JSON lines, as they are or compressed."""
+    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
+    with open(path, "rb") as raw:
+        lines = openers.get(path.suffix.lower(), io.BufferedReader)(raw)
+        for number, row in parse_lines(lines):
+            place = f"{path}, line {number}"
+            if isinstance(row, ValueError):
+                raise UserError(f"{place}: is not JSON ({row}); expected an object on each line, not an array or an "
+                                "object of several lines")
+            yield place, row, raw.tell() / os.fstat(raw.fileno()).st_size
+
+
+def open_zst(raw):
+    """pyarrow reads every frame, and notices a missing end."""
+    return io.BufferedReader(optional("pyarrow", raw.name).CompressedInputStream(raw, "zstd"), 1 << 20)
+
+
+def parquet_rows(path, keys):
+    file = optional("pyarrow.parquet", path).ParquetFile(path)
+    columns = [name for name in file.schema_arrow.names if any(f"{key}.".startswith(f"{name}.") for key in keys)]
+    number = 0
+    for batch in file.iter_batches(256, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row, number / file.metadata.num_rows
+
+
+def hub_rows(source):
+    parts = source.split(":")[1:]
+    name = parts[0]
+    config = parts[1] if len(parts) > 1 else None
+    split = parts[2] if len(parts) > 2 else "train"
+    load_dataset = optional("datasets", source).load_dataset
+    try:
+        yield from load_dataset(name, config or None, split=split, streaming=True)
+    except Exception as error:  # what fails here is the network, the name or the data
+        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
 
 
 def field(row, key, place):
-    """Return the string at a dotted key of a row; a whole number counts as one."""
-    value = row
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise UserError(f"{place}: has no field {key!r}; name one that it has with --text_key or --domain_key")
-        value = value[part]
+    """Return the string at a key of a row, the whole key or else a dotted path; a whole number counts as one."""
+    value, rest = row, key
+    while rest:
+        names = rest.split(".")
+        heads = [".".join(names[:n]) for n in range(len(names), 0, -1)]  # the longest first
+        head = next((head for head in heads if isinstance(value, dict) and head in value), None)
+        if head is None:
+            found = f" among {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            raise UserError(f"{place}: has no field {key!r}{found}; name one that it has with --text_key or "
+                            "--domain_key")
+        value, rest = value[head], rest[len(head) + 1 :]
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise UserError(f"{place}: field {key!r} is of type {type(value).__name__}; expected a string")
     return str(value)
@@ -172,7 +324,7 @@ def read_pieces(path):
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(MARK) < 0:
-            yield from (data[a:b] for a, b in pairwise((0, *cut(data, PIECE))))
+            yield from (data[a:b] for a, b in pairwise((0, *split_text(data, PIECE))))
             return
         start = 0
         for match in re.finditer(re.escape(MARK) + rb"|\Z", data):
@@ -190,47 +342,58 @@ def sample_texts(documents, val_fraction):
     """Yield training documents to train a tokenizer on, the same number of bytes from each domain.
 
     Each of K domains gives SAMPLE / K bytes, or all it has: its documents of least hash, each cut off at 64 KB. So the
-    sample is a function of the set of documents. One pass and bounded memory suffice: a share only shrinks as K grows.
+    sample is a function of the set of documents. Only what may still be in it is kept in memory.
     """
-    heaps, sizes = defaultdict(list), Counter()  # per domain: (-hash, document), and their bytes
+    kept, sizes = defaultdict(list), Counter()  # per domain: (hash, document), and their bytes
 
-    def shrink(domain):
-        while sizes[domain] - len(heaps[domain][0][1]) >= SAMPLE // len(heaps):
-            sizes[domain] -= len(heapq.heappop(heaps[domain])[1])
+    def shorten(domain):
+        kept[domain].sort()
+        sizes[domain] = 0
+        for number, (_, data) in enumerate(kept[domain], 1):
+            sizes[domain] += len(data)
+            if sizes[domain] >= SAMPLE // len(kept):
+                del kept[domain][number:]
+                break
 
     for domain, data in documents:
-        if (order := text_hash(data)) >= val_fraction:
-            heapq.heappush(heaps[domain], (-order, data[: 1 << 16]))
+        order = text_hash(data)
+        if order >= val_fraction:
+            kept[domain].append((order, data[: 1 << 16]))
             sizes[domain] += len(data[: 1 << 16])
-            shrink(domain)
-    for domain in sorted(heaps):
-        shrink(domain)
-        yield from (data.decode(errors="ignore") for _, data in sorted(heaps[domain], reverse=True))
+            if sizes[domain] >= 2 * (SAMPLE // len(kept)):
+                shorten(domain)
+    for domain in sorted(kept):
+        shorten(domain)
+        yield from (data.decode(errors="ignore") for _, data in kept[domain])
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def write_bins(documents, folder, tokenizer, dtype, val_fraction, workers):
+def write_bins(documents, folder, tokenizer, dtype, val_fraction, max_val_tokens, workers):
     """Encode documents in threads and write them in their order.
 
     documents: (domain, bytes) pairs. Returns the "domains" of meta.json. At most 2 * workers groups are read ahead.
     """
     domains, empty, waiting = {}, Counter(), deque()
+    held_out = defaultdict(list)  # per domain: (hash, tokens, bytes) of each document in val.bin
 
     def encode(group):
-        return [(name, data, np.append(tokenizer.eot, tokenizer.encode(data)).astype(dtype)) for name, data in group]
+        return [(domain, data, encode_document(tokenizer, data, dtype)) for domain, data in group]
 
     def write(future):
         bins = defaultdict(list)
         for domain, data, ids in future.result():
-            side = "val" if text_hash(data) < val_fraction else "train"
+            order = text_hash(data)
+            side = "val" if order < val_fraction else "train"
             for unit, count in ("tokens", len(ids)), ("documents", 1), ("bytes", len(data)):
                 domains[domain][f"{side}_{unit}"] += count
+            if side == "val":
+                held_out[domain].append((order, len(ids), len(data)))
             bins[domain, side].append(ids)
         for (domain, side), parts in bins.items():  # open only while it is appended to: there may be many
             with open(folder / folder_name(domain) / f"{side}.bin", "ab") as file:
-                file.write(np.concatenate(parts).data)
+                file.writelines(part.data for part in parts)
 
     with ThreadPoolExecutor(workers) as pool:
         group, size = [], 0
@@ -250,21 +413,56 @@ def write_bins(documents, folder, tokenizer, dtype, val_fraction, workers):
                 write(waiting.popleft())
         for future in (*waiting, pool.submit(encode, group)):
             write(future)
-    for domain, count in empty.items():
-        print(f"{domain}: skipped {count:,} empty documents")
     for domain, entry in domains.items():
+        if empty[domain]:
+            print(f"{domain}: skipped {empty[domain]:,} empty documents")
         for side in SIDES:
             if not entry[f"{side}_documents"]:
                 total = entry["train_documents"] + entry["val_documents"]
                 raise UserError(f"domain {domain!r}: none of its {total} documents falls in {side} at --val_fraction="
                                 f"{val_fraction}; give it more or shorter documents, or change the fraction")
+        if entry["val_tokens"] > max_val_tokens:
+            shorten_val(folder / folder_name(domain) / "val.bin", domain, entry, held_out[domain], dtype,
+                        max_val_tokens)
     return dict(sorted(domains.items()))
+
+
+def encode_document(tokenizer, data, dtype):
+    ids = tokenizer.encode(data)
+    document = np.empty(len(ids) + 1, dtype)
+    document[0] = tokenizer.eot
+    document[1:] = ids
+    return document
+
+
+def shorten_val(path, domain, entry, documents, dtype, max_val_tokens):
+    """Keep in val.bin the documents of least hash that have at most max_val_tokens (one at least), and count them anew.
+
+    The others go nowhere: in train.bin they could be copies of what another domain holds out.
+    documents: (hash, tokens, bytes) of each, in their order in val.bin.
+    """
+    order, tokens, size = np.array(documents).T
+    tokens, size = tokens.astype(np.int64), size.astype(np.int64)
+    by_hash = np.argsort(order, kind="stable")
+    count = max(1, int(np.searchsorted(np.cumsum(tokens[by_hash]), max_val_tokens, side="right")))
+    kept = np.sort(by_hash[:count])
+    ids, ends = np.memmap(path, dtype, mode="r"), np.cumsum(tokens)
+    parts = [ids[ends[i] - tokens[i] : ends[i]] for i in kept]
+    np.concatenate(parts).tofile(path.with_name("val.part"))
+    path.with_name("val.part").replace(path)
+    entry |= {"val_tokens": int(tokens[kept].sum()), "val_documents": count, "val_bytes": int(size[kept].sum())}
+    print(f"{domain}: left out {len(documents) - count:,} documents that --max_val_tokens={max_val_tokens} "
+                   f"has no room for; train on most of them with a lower --val_fraction")
 
 
 def write_meta(folder, tokenizer, dtype, domains):
     """Write the tokenizer's file, and meta.json last."""
     if tokenizer.file:
         (folder / tokenizer.file[0]).write_bytes(tokenizer.file[1])
+    for domain, entry in domains.items():
+        for side in SIDES:
+            path = folder / folder_name(domain) / f"{side}.bin"
+            entry[f"{side}_sha256"] = sample_sha256(path, entry[f"{side}_tokens"] * dtype.itemsize)
     meta = {"tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size,
             "eot_token": tokenizer.eot, "dtype": dtype.name, "domains": domains}  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
@@ -285,23 +483,25 @@ def parse_args():
     data = parser.add_argument_group("data").add_argument
     data("input", metavar="INPUT", help="see above")
     data("--out_dir", type=Path, help="the data set to make (default: data/NAME, after INPUT)")
-    data("--text_key", default="text", help="dotted field of a row that holds its text (default: %(default)s)")
-    data("--domain_key", help="dotted field of a row that names its domain, such as meta.pile_set_name")
+    data("--text_key", default="text", help="field of a row that holds its text, or dotted path (default: %(default)s)")
+    data("--domain_key", help="field of a row that names its domain, or dotted path, such as meta.pile_set_name")
     data("--max_bytes", type=positive, help="bytes of text to take in all, shared out over the files (default: all)")
     data("--val_fraction", type=fraction, default=0.05, help="share of documents held out (default: %(default)s)")
+    data("--max_val_tokens", type=positive, default=10_000_000, help="tokens that a domain holds out at most (default: "
+         "%(default)s)")  # fmt: skip
     tokens = parser.add_argument_group("tokens").add_argument
     tokens("--tokenizer", default="train:512", help="train:N trains one of N tokens, end of text included, on equal "
            "parts of all domains; a tiktoken name such as gpt2; FILE.tiktoken; a tokenizer.json; bytes (default: "
            "%(default)s, which suits the demo's small models)")  # fmt: skip
-    tokens("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the first of {', '.join(EOT_NAMES)})")
+    tokens("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the one of {', '.join(EOT_NAMES)})")
     machine = parser.add_argument_group("machine").add_argument
     machine("--workers", type=positive, default=os.cpu_count(), help="threads (default: one per core)")
     args = parser.parse_args()
     if not args.val_fraction:
         raise UserError("--val_fraction=0: expected a number between 0 and 1, such as 0.05")
     if args.out_dir is None:
-        source = args.input.split(":")[1] if args.input.startswith("hf:") else Path(args.input).resolve().name
-        args.out_dir = Path("data", re.sub(r"\.(jsonl|parquet)(\.\w+)?$", "", source.split("/")[-1]))
+        name = hub_name(args.input) if args.input.startswith("hf:") else Path(args.input).resolve().name
+        args.out_dir = Path("data", ROWS.sub("", name))
     return args
 
 
@@ -319,7 +519,8 @@ def main():
         tokenizer = load_tokenizer(args.tokenizer, args.eot_token,
                                    lambda: sample_texts(documents("sampling for the tokenizer"), args.val_fraction))
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-        domains = write_bins(documents("tokenizing"), folder, tokenizer, dtype, args.val_fraction, args.workers)
+        domains = write_bins(documents("tokenizing"), folder, tokenizer, dtype, args.val_fraction,
+                             args.max_val_tokens, args.workers)
         write_meta(folder, tokenizer, dtype, domains)
     print_table(domains, args.out_dir)
 

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from common.cli import ArgumentParser, UserError, positive, run
 from common.tokenizer import load_tokenizer, optional
-from prepare import ABOUT, print_table, staged, write_meta
+from common.files import staged
+from prepare import ABOUT, print_table, write_meta
 from sampler import folder_name
 
 KINDS = (".bin", ".ds", ".parquet")
