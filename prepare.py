@@ -17,54 +17,29 @@ Hidden files are no data, and a file counts once, however many links lead to it.
 written, or not at all. For data that is already tokenized see tools/link.py.
 """
 
-import gzip
 import hashlib
-import io
 import json
-import lzma
-import mmap
 import os
-import re
-import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, UserError, fraction, positive, run
-from common.files import parse_lines, sample_sha256, staged, visible, walk
-from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_text
+from common.corpus import ROWS, Input, domain_entries, mixed_rows, read_input, text_size
+from common.files import sample_sha256, staged
+from common.tokenizer import EOT_NAMES, load_tokenizer
 from sampler import folder_name
 
-MARK = EOT.encode()  # between the documents of a .txt file
-BOM = b"\xef\xbb\xbf"  # what some editors write before the text
-ROWS = re.compile(r"(?i)\.((jsonl|ndjson|json)(\.(gz|xz|zst))?|parquet)$")
-BINARY = re.compile(r"(?i)\.(gz|tgz|xz|zst|zstd|bz2|lz4|zip|tar|7z|arrow|feather|orc|avro|np[yz]|bin|idx|ds|pdf|docx)$")
-KINDS = ".txt, .jsonl, .jsonl.gz, .jsonl.xz, .jsonl.zst, .parquet"
-ABOUT = re.compile(r"(?i)(readme|licen[cs]es?|notice|copying|citation|changelog)(\.(txt|md|rst|cff))?$")
-HELD_OUT = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test|testing|eval|evaluation|held[-_]?out|holdout)(?![a-z])")
-TRAINING = re.compile(r"(?i)(?<![a-z])train(ing)?(?![a-z])")
-OWN_FILES = re.compile(r"(?i)(meta\.json|tokenizer\..*)$")  # in OUT_DIR
-PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
-SPAN = 1 << 20  # bytes decoded at once
 SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains
-MEASURED = 4 << 20  # bytes of a file of rows from which the bytes of all its text are estimated
 MOST_DOMAINS = 2000
 SIDES = ("train", "val")
 
 
-# ---- what INPUT holds ----------------------------------------------------------------------------------------------
-
-
-class Input(NamedTuple):
-    path: Path | str  # hf:...
-    domain: str | None  # None: each row names its own
-    kind: str  # rows, pieces (DOMAIN.txt), or document (a file of text in a domain's folder)
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def find_inputs(source, domain_key):
@@ -76,20 +51,9 @@ def find_inputs(source, domain_key):
         return mixed_rows(root)
     if root.is_file():
         raise UserError(f"{root}: is one file; give a directory with one entry per domain, or rows and --domain_key")
-    inputs = []
-    for domain, entry, paths in domain_entries(root, re.compile(rf"(?i)\.txt$|{ROWS.pattern[4:]}")):
-        refuse_held_out(entry, paths)
-        for path in paths:
-            if ROWS.search(path.name):
-                kind = "rows"
-            elif path != entry and not BINARY.search(path.name):
-                kind = "document"
-            elif path == entry and path.suffix.lower() == ".txt":
-                kind = "pieces"
-            else:
-                raise UserError(f"{path}: unknown file type; expected {'a folder, ' * (path == entry)}{KINDS}; remove "
-                                "it, or begin its name with a dot")
-            inputs.append(Input(path, domain, kind))
+    inputs = domain_entries(root)
+    for each in inputs:
+        check_domain_name(each.domain, each.path)
     return inputs
 
 
@@ -97,76 +61,10 @@ def hub_name(source):
     return source.split(":")[1].split("/")[-1]
 
 
-def domain_entries(root, suffix, beside=None):
-    """Yield (domain, entry, its files) of a directory with one entry per domain, sorted.  tools/link.py reads it, too.
-
-    suffix: pattern of what is no part of a domain's name; beside: pattern of files that belong to others.
-    """
-    entries = sorted(visible(root))
-    splits = any(TRAINING.search(entry.name) for entry in entries)
-    domains, earlier = {}, {}
-    for entry in entries:
-        if entry.is_file() and ABOUT.match(entry.name):
-            print(f"skipping {entry}: it describes the data")
-            continue
-        if beside and beside.search(entry.name):
-            continue
-        domain = entry.name if entry.is_dir() else suffix.sub("", entry.name)
-        check_domain_name(domain, entry)
-        if HELD_OUT.fullmatch(domain) or (splits and HELD_OUT.search(domain)):
-            raise UserError(f"{entry}: held-out text is no domain; put a domain's files into one folder, rename it, or "
-                            "remove it")
-        if domain in domains:
-            raise UserError(f"domain {domain!r}: has two entries, {domains[domain]} and {entry}; rename one")
-        domains[domain], seen = entry, {}
-        paths = sorted(walk(entry, seen), key=str)
-        if not paths:
-            raise UserError(f"{entry}: holds no documents; add some, or remove it")
-        for identity in seen.keys() & earlier.keys():
-            raise UserError(f"{seen[identity]}: is {earlier[identity]}, which belongs to another domain; remove one")
-        earlier |= seen
-        yield domain, entry, paths
-    if not domains:
-        raise UserError(f"{root}: holds no documents; expected one entry per domain: a folder, {KINDS}")
-
-
-def mixed_rows(root):
-    """List the files at or below a path, of which every row names its domain."""
-    paths = [path for path in sorted(walk(root, {}), key=str) if path.parent != root or not ABOUT.match(path.name)]
-    for path in paths:
-        if not ROWS.search(path.name):
-            raise UserError(f"{path}: unknown file type; expected {KINDS[6:]}; remove it, or begin its name with a dot")
-    refuse_held_out(root, paths)
-    if not paths:
-        raise UserError(f"{root}: holds no documents; add some, or remove it")
-    return [Input(path, None, "rows") for path in paths]
-
-
-def refuse_held_out(folder, paths):
-    """Raise UserError if one of the paths below a folder is named as held-out text, which would be trained on.
-
-    Rows are by any part of their name. Text is only beside its like for training, as test.txt beside train.txt is: a
-    domain of code may well have a test.py.
-    """
-    names = {path: path.relative_to(folder).parts for path in paths if path != folder}
-    training = {TRAINING.sub("*", parts[0]) for parts in names.values()}
-    for path, parts in names.items():
-        if ROWS.search(path.name):
-            held_out = any(HELD_OUT.search(part) for part in parts)
-        else:
-            held_out = HELD_OUT.search(parts[0]) and HELD_OUT.sub("*", parts[0]) in training
-            held_out = held_out and (len(parts) > 1 or path.suffix in ("", ".txt", ".raw"))
-        if held_out:
-            raise UserError(f"{path}: is named as held-out text, which would be trained on; remove it, begin its name "
-                            "with a dot, or rename it")
-
-
 def check_domain_name(name, place):
-    if name[:1] in (" ", ".", "") or not name.isprintable() or len(folder_name(name)) > 200 or OWN_FILES.match(name):
+    own = name.lower() == "meta.json" or name.lower().startswith("tokenizer.")  # files in OUT_DIR
+    if own or name[:1] in (" ", ".", "") or not name.isprintable() or len(folder_name(name)) > 200:
         raise UserError(f"{place}: {name!r} cannot name a domain, for it names a folder in OUT_DIR; choose another")
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_documents(inputs, text_key, domain_key, max_bytes=None):
@@ -179,7 +77,7 @@ def read_documents(inputs, text_key, domain_key, max_bytes=None):
     seen, taken, budget = set(), 0, 0
     for each, size in zip(inputs, sizes):
         budget += max_bytes * size / max(sum(sizes), 1) if max_bytes else np.inf
-        documents = read_file(each, text_key, domain_key) if taken < budget else ()
+        documents = read_input(each, text_key, domain_key) if taken < budget else ()
         for domain, data in documents:
             if domain not in seen:
                 seen.add(domain)
@@ -195,142 +93,6 @@ def read_documents(inputs, text_key, domain_key, max_bytes=None):
         if each.domain not in seen and (each.domain or not seen):
             more = f", or raise --max_bytes={max_bytes}" if max_bytes else ""
             raise UserError(f"{each.path}: gives no document; add some, or remove it{more}")
-
-
-def text_size(each, text_key):
-    """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
-    if each.kind != "rows":
-        return each.path.stat().st_size
-    total = 0
-    for place, row, done in read_rows(each.path, [text_key]):
-        total += len(field(row, text_key, place).encode())
-        if done * each.path.stat().st_size >= MEASURED:
-            return total / done
-    return total
-
-
-def read_file(each, text_key, domain_key):
-    """Yield (domain, UTF-8 bytes) of each document of one Input.  A byte order mark is no part of a document."""
-    if each.kind == "rows":
-        for place, row, _ in read_rows(each.path, [key for key in (text_key, domain_key) if key]):
-            text = field(row, text_key, place).removeprefix("\ufeff")
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"{place}: its text has half a surrogate pair, which is no character; remove the row")
-            yield each.domain or field(row, domain_key, place), text.encode()
-        return
-    try:
-        documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
-        for number, data in enumerate(documents, 1):
-            place = f"{each.path}, document {number}" if each.kind == "pieces" else each.path
-            check_text(data, place, text_key)
-            yield each.domain, data.removeprefix(BOM)
-    except OSError as error:
-        raise UserError(f"{each.path}: cannot be read: {error.strerror}") from None
-
-
-def check_text(data, place, text_key):
-    """Raise UserError if a document of a text file is not UTF-8, or has rows in it."""
-    for start, end in pairwise((0, *split_text(data, SPAN))):
-        try:
-            data[start:end].decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{place}: is no text in UTF-8: byte {data[start + error.start]:#x} at position "
-                            f"{start + error.start:,}; convert it, or remove it") from None
-    if data.startswith(b"{"):
-        for _, row in parse_lines(io.BytesIO(data[: 1 << 16])):
-            if isinstance(row, dict) and text_key in row:
-                raise UserError(f"{place}: holds rows, not text; end its name in .jsonl")
-            break
-
-
-def read_rows(path, keys):
-    """Yield (place, row, done): where a row is, for messages; an object; the part of the file that was read, 0 to 1."""
-    place = path
-    try:
-        if str(path).startswith("hf:"):
-            rows = ((f"{path}, row {number}", row, 0) for number, row in enumerate(hub_rows(path), 1))
-        elif path.suffix.lower() == ".parquet":
-            rows = parquet_rows(path, keys)
-        else:
-            rows = json_rows(path)
-        for place, row, done in rows:
-            if isinstance(row, list):
-                raise UserError(f"{place}: is a JSON array; write its items one to a line")
-            yield place, row, done
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{place}: cannot be read further: {getattr(error, 'strerror', None) or error}") from None
-
-
-def json_rows(path):
-    """Yield read_rows' triples of JSON lines, as they are or compressed."""
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}
-    with open(path, "rb") as raw:
-        lines = openers.get(path.suffix.lower(), io.BufferedReader)(raw)
-        for number, row in parse_lines(lines):
-            place = f"{path}, line {number}"
-            if isinstance(row, ValueError):
-                raise UserError(f"{place}: is not JSON ({row}); expected an object on each line, not an array or an "
-                                "object of several lines")
-            yield place, row, raw.tell() / os.fstat(raw.fileno()).st_size
-
-
-def open_zst(raw):
-    """pyarrow reads every frame, and notices a missing end."""
-    return io.BufferedReader(optional("pyarrow", raw.name).CompressedInputStream(raw, "zstd"), 1 << 20)
-
-
-def parquet_rows(path, keys):
-    file = optional("pyarrow.parquet", path).ParquetFile(path)
-    columns = [name for name in file.schema_arrow.names if any(f"{key}.".startswith(f"{name}.") for key in keys)]
-    number = 0
-    for batch in file.iter_batches(256, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row, number / file.metadata.num_rows
-
-
-def hub_rows(source):
-    parts = source.split(":")[1:]
-    name = parts[0]
-    config = parts[1] if len(parts) > 1 else None
-    split = parts[2] if len(parts) > 2 else "train"
-    load_dataset = optional("datasets", source).load_dataset
-    try:
-        yield from load_dataset(name, config or None, split=split, streaming=True)
-    except Exception as error:  # what fails here is the network, the name or the data
-        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
-
-
-def field(row, key, place):
-    """Return the string at a key of a row, the whole key or else a dotted path; a whole number counts as one."""
-    value, rest = row, key
-    while rest:
-        names = rest.split(".")
-        heads = [".".join(names[:n]) for n in range(len(names), 0, -1)]  # the longest first
-        head = next((head for head in heads if isinstance(value, dict) and head in value), None)
-        if head is None:
-            found = f" among {', '.join(map(str, row))}" if isinstance(row, dict) else ""
-            raise UserError(f"{place}: has no field {key!r}{found}; name one that it has with --text_key or "
-                            "--domain_key")
-        value, rest = value[head], rest[len(head) + 1 :]
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise UserError(f"{place}: field {key!r} is of type {type(value).__name__}; expected a string")
-    return str(value)
-
-
-def read_pieces(path):
-    """Yield the documents of DOMAIN.txt as bytes."""
-    if path.stat().st_size == 0:
-        return
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data.find(MARK) < 0:
-            yield from (data[a:b] for a, b in pairwise((0, *split_text(data, PIECE))))
-            return
-        start = 0
-        for match in re.finditer(re.escape(MARK) + rb"|\Z", data):
-            if document := data[start : match.start()].strip(b"\r\n"):
-                yield document
-            start = match.end()
 
 
 def text_hash(data):
@@ -444,7 +206,7 @@ def shorten_val(path, domain, entry, documents, dtype, max_val_tokens):
     order, tokens, size = np.array(documents).T
     tokens, size = tokens.astype(np.int64), size.astype(np.int64)
     by_hash = np.argsort(order, kind="stable")
-    count = max(1, int(np.searchsorted(np.cumsum(tokens[by_hash]), max_val_tokens, side="right")))
+    count = max(1, int((np.cumsum(tokens[by_hash]) <= max_val_tokens).sum()))
     kept = np.sort(by_hash[:count])
     ids, ends = np.memmap(path, dtype, mode="r"), np.cumsum(tokens)
     parts = [ids[ends[i] - tokens[i] : ends[i]] for i in kept]

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import signal
-import stat
 import sys
 import uuid
 from pathlib import Path
@@ -117,40 +116,7 @@ def shorter(error, width=120):
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-# ---- folders: what lies in them ----
-
-
-def visible(folder):
-    """List what lies in a folder by name, links last, without what is hidden.  Raises UserError if it cannot."""
-    try:
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its name and its rights") from None
-    return [Path(entry.path) for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))]
-
-
-def walk(path, seen):
-    """Yield the files at and below a path, each once, whatever links lead to it; hidden ones never.
-
-    seen: {(device, inode): path} of what was met, which is added to.  Raises UserError for what cannot be read, and for
-    what is neither file nor folder.
-    """
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); remove it, or begin its name with a dot") from None
-    identity = status.st_dev, status.st_ino
-    if identity in seen:
-        return
-    seen[identity] = path
-    if stat.S_ISREG(status.st_mode):
-        yield path
-    elif stat.S_ISDIR(status.st_mode):
-        for entry in visible(path):
-            yield from walk(entry, seen)
-    else:
-        raise UserError(f"{path}: is neither a file nor a folder; remove it, or begin its name with a dot")
-
+# ---- telling files apart ----
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
 

@@ -24,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from common.cli import ArgumentParser, UserError, positive, run
-from common.tokenizer import load_tokenizer, optional
+from common.corpus import ABOUT
 from common.files import staged
-from prepare import ABOUT, print_table, write_meta
+from common.tokenizer import load_tokenizer, optional
+from prepare import print_table, write_meta
 from sampler import folder_name
 
 KINDS = (".bin", ".ds", ".parquet")
