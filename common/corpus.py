@@ -1,5 +1,6 @@
 """A corpus on a disk: which files belong to which domain, and the rows and pieces of text in them."""
 
+import errno
 import gzip
 import io
 import lzma
@@ -91,8 +92,9 @@ def files_by_domain(root, suffix, beside=None):
         paths = sorted(walk(entry, seen), key=str)
         if not paths:
             raise UserError(f"{entry}: holds no documents; add some, or remove it")
-        for identity in seen.keys() & earlier.keys():
-            raise UserError(f"{seen[identity]}: is also {earlier[identity]}, of another domain; remove one")
+        for identity, path in seen.items():
+            if identity in earlier:
+                raise UserError(f"{path}: is also {earlier[identity]}, of another domain; remove one")
         earlier |= seen
         yield domain, entry, paths
     if not domains:
@@ -134,6 +136,8 @@ def walk(path, seen):
     """
     try:
         status = path.stat()
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {AWAY}") from None
     identity = status.st_dev, status.st_ino
