@@ -24,7 +24,16 @@ def test_sample_sha256(tmp_path):
     assert files.sample_sha256(tmp_path / "x", size - 1) != expected
 
 
-def test_staged(tmp_path, monkeypatch):
+@pytest.fixture
+def handlers():
+    """Bring back the signals' handlers, which a stopped run leaves as it needed them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_staged(tmp_path, monkeypatch, handlers):
     """Two runs do not write one folder; a second Ctrl-C does not stop the cleaning; a full disk is named."""
     with files.staged(tmp_path / "x") as folder:
         (folder / "file").write_text("1")
