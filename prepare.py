@@ -247,7 +247,8 @@ def parse_args():
     data("--out_dir", type=Path, help="the data set to make (default: data/NAME, after INPUT)")
     data("--text_key", default="text", help="field of a row that holds its text, or dotted path (default: %(default)s)")
     data("--domain_key", help="field of a row that names its domain, or dotted path, such as meta.pile_set_name")
-    data("--max_bytes", type=positive, help="bytes of text to take in all, shared out over the files (default: all)")
+    data("--max_bytes", type=positive, help="bytes of text to take in all, from the beginning of each file and in "
+         "proportion to their text (default: all)")
     data("--val_fraction", type=fraction, default=0.05, help="share of documents held out (default: %(default)s)")
     data("--max_val_tokens", type=positive, default=10_000_000, help="tokens that a domain holds out at most (default: "
          "%(default)s)")  # fmt: skip

@@ -1,6 +1,7 @@
 """A corpus on a disk: which files belong to which domain, and the rows and pieces of text in them."""
 
 import errno
+import functools
 import gzip
 import io
 import lzma
@@ -176,6 +177,7 @@ def read_input(each, text_key, domain_key):
         raise UserError(f"{each.path}: cannot be read: {error.strerror}") from None
 
 
+@functools.cache  # asked for the tokenizer's sample, and again for the bins
 def text_size(each, text_key):
     """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
     if each.kind != "rows":

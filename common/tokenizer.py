@@ -41,7 +41,7 @@ def load_tokenizer(spec, eot_token=None, sample=None):
 
     eot_token: name of the end-of-text token in a tokenizer.json; sample: called for the texts that train:N trains on.
     """
-    if eot_token and not spec.endswith(".json"):
+    if eot_token not in (None, EOT) and not spec.endswith(".json"):
         raise UserError(f"--eot_token={eot_token}: --tokenizer={spec} has one end-of-text token; leave the flag out")
     try:
         if spec == "bytes":
