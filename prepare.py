@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UserError, fraction, positive, run
+from common.cli import ArgumentParser, UserError, fraction, positive, print_anywhere, run
 from common.corpus import ROWS, Input, domain_entries, mixed_rows, read_input, text_size
 from common.files import sample_sha256, staged
 from common.tokenizer import EOT_NAMES, load_tokenizer
@@ -177,7 +177,7 @@ def write_bins(documents, folder, tokenizer, dtype, val_fraction, max_val_tokens
             write(future)
     for domain, entry in domains.items():
         if empty[domain]:
-            print(f"{domain}: skipped {empty[domain]:,} empty documents")
+            print_anywhere(f"{domain}: skipped {empty[domain]:,} empty documents")
         for side in SIDES:
             if not entry[f"{side}_documents"]:
                 total = entry["train_documents"] + entry["val_documents"]
@@ -213,7 +213,7 @@ def shorten_val(path, domain, entry, documents, dtype, max_val_tokens):
     np.concatenate(parts).tofile(path.with_name("val.part"))
     path.with_name("val.part").replace(path)
     entry |= {"val_tokens": int(tokens[kept].sum()), "val_documents": count, "val_bytes": int(size[kept].sum())}
-    print(f"{domain}: left out {len(documents) - count:,} documents that --max_val_tokens={max_val_tokens} "
+    print_anywhere(f"{domain}: left out {len(documents) - count:,} documents that --max_val_tokens={max_val_tokens} "
                    f"has no room for; train on most of them with a lower --val_fraction")
 
 
@@ -236,8 +236,8 @@ def print_table(domains, out_dir):
     for domain, entry in domains.items():
         counts = f"{entry['train_documents']:17,}{entry['train_tokens']:16,}{entry['val_tokens']:14,}"
         density = entry["val_bytes"] / entry["val_tokens"]
-        print(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
-    print(f"next: python train_reference.py --data_dir={out_dir} --out_dir=checkpoints/reference")
+        print_anywhere(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
+    print_anywhere(f"next: python train_reference.py --data_dir={out_dir} --out_dir=checkpoints/reference")
 
 
 def parse_args():

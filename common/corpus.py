@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from common.cli import UserError
+from common.cli import UserError, print_anywhere
 from common.files import parse_lines
 from common.tokenizer import EOT, optional, split_text
 
@@ -79,7 +79,7 @@ def files_by_domain(root, suffix, beside=None):
     domains, earlier = {}, {}
     for entry in entries:
         if ABOUT.match(entry.name) and entry.is_file():
-            print(f"skipping {entry}: it describes the data")
+            print_anywhere(f"skipping {entry}: it describes the data")
             continue
         if beside and beside.search(entry.name):
             continue

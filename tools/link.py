@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UserError, positive, run
+from common.cli import ArgumentParser, UserError, positive, print_anywhere, run
 from common.corpus import HELD_OUT, files_by_domain, visible
 from common.files import staged
 from common.tokenizer import load_tokenizer
@@ -118,7 +118,7 @@ def read_domain(name, entry, paths, tokenizer, args):
         elif VAL.match(held_out[0]):
             val.append(inspect(path, args.dtype))
         else:
-            print(f"leaving out {path}: it is named as test data")
+            print_anywhere(f"leaving out {path}: it is named as test data")
     if not train:
         raise UserError(f"{entry}: holds no file for training; add one, or rename what is for training")
     settle(train + val, tokenizer.vocab_size)
