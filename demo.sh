@@ -4,11 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# An environment of its own, made once and renewed when requirements.txt changes
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-cmp -s requirements.txt .venv/installed.txt || .venv/bin/pip install -q -r requirements.txt
-cp requirements.txt .venv/installed.txt
-source .venv/bin/activate
+# The packages of the training scripts, and those whose files are the demo's text
+source common/environment.sh requirements.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
+    jinja2 fsspec pydantic PIL setuptools fontTools networkx sympy mpmath contourpy google.protobuf google.api google.type
 
 # Stage 0. Text to tokens: ten uneven domains, taken from what the Python packages themselves contain
 [ -d data/demo-text ] || python demo/corpus.py data/demo-text

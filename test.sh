@@ -3,9 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# An environment of its own, made once and renewed when the requirements change
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-cat requirements*.txt | cmp -s - .venv/tested.txt || .venv/bin/pip install -q -r requirements-test.txt
-cat requirements*.txt > .venv/tested.txt
+source common/environment.sh requirements-test.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
+    pytest hypothesis transformers tokenizers safetensors pyarrow datasets zstandard
 
-exec .venv/bin/python -m pytest "$@"
+python -m pytest "$@"

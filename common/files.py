@@ -1,6 +1,7 @@
 """Files that are read with care and written whole.  It imports neither torch nor anything of ranks."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import signal
 import sys
 import uuid
 from pathlib import Path
+
+import filelock
 
 from common.cli import UserError, shown
 
@@ -37,13 +40,18 @@ def json_lines(path):
     A line ends at \\n alone: other line separators may stand within a string.
     """
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                yield number, ValueError(shorter(error))
+        yield from parse_lines(file)
+
+
+def parse_lines(file):
+    """As json_lines, of an open binary file."""
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            yield number, ValueError(shorter(error))
 
 
 def unique_names(pairs):
@@ -108,6 +116,28 @@ def shorter(error, width=120):
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+# ---- telling files apart ----
+
+SAMPLES, SAMPLE_BYTES = 64, 1 << 14
+
+
+def sample_sha256(path, size):
+    """Hex digest of a sample of the first `size` bytes of a file, by which other contents of equal size are told apart.
+
+    SHA-256 over the size in decimal digits, then 64 blocks of 16 KiB, of which the first begins at 0, the last ends at
+    `size`, and block i begins at i * (size - 16384) // 63; over all bytes where the file has no more than these.
+    """
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= SAMPLES * SAMPLE_BYTES:
+            digest.update(file.read(size))
+            return digest.hexdigest()
+        for i in range(SAMPLES):
+            file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 # ---- writing: a file or a folder appears whole or not at all ----
 
 
@@ -142,20 +172,44 @@ def is_of_the_file(error):
 
 @contextlib.contextmanager
 def staged(out_dir):
-    """Make a folder that becomes out_dir when the block ends, and is removed if the block fails or is stopped."""
-    staging = out_dir.with_name(f"{out_dir.name}.tmp")
-    for path, remedy in (out_dir, "or choose another --out_dir"), (staging, "unless another run is writing it"):
-        if path.exists():
-            raise UserError(f"{path}: exists already; delete it, {remedy}")
+    """Make a folder that becomes out_dir when the block ends, and is removed if the block fails or is stopped.
+
+    A killed run leaves such a folder, which the next one clears: its lock dies with its process.  Raises UserError if
+    out_dir exists, if another run is writing it, and for what the system says of it: a full disk, a missing right.
+    """
+    target = Path(os.path.abspath(out_dir))
+    if os.path.lexists(target):
+        raise UserError(f"{out_dir}: exists already; delete it, or choose another --out_dir")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    staging.mkdir(parents=True)
+    staging = target.with_name(f".{target.name}.tmp")
+    lock = filelock.FileLock(staging / ".lock", timeout=0)
     try:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{out_dir}: another run is writing it; wait for it, or choose another --out_dir") from None
+    except OSError as error:
+        raise UserError(f"{out_dir}: cannot be made ({error.strerror}); choose another --out_dir") from None
+    try:
+        for path in staging.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != ".lock":
+                path.unlink()
         yield staging
-        staging.rename(out_dir)
-    except BaseException:
+        staging.rename(target)
+        (target / ".lock").unlink()
+    except BaseException as error:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning
         shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{error.filename or out_dir}: {error.strerror or error}; free space or choose another "
+                            "--out_dir, then run the same command again") from None
         raise
+    finally:
+        lock.release()
 
 
 def finite(value):

@@ -16,7 +16,7 @@ import tiktoken
 from common.cli import UserError
 
 EOT = "<|endoftext|>"
-EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json, in this order
+EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json
 # GPT-4's rule for splitting text into words before byte pairs are merged. A .tiktoken file does not hold its rule, so
 # all tokenizers that are trained here or read from such a file share this one.
 PATTERN = (
@@ -37,15 +37,20 @@ class Tokenizer(NamedTuple):
 
 
 def load_tokenizer(spec, eot_token=None, sample=None):
-    """Return the Tokenizer that --tokenizer asks for. sample: called for the texts that train:N trains on."""
+    """Return the Tokenizer that --tokenizer asks for.  Raises UserError.
+
+    eot_token: name of the end-of-text token in a tokenizer.json; sample: called for the texts that train:N trains on.
+    """
+    if eot_token not in (None, EOT) and not spec.endswith(".json"):
+        raise UserError(f"--eot_token={eot_token}: --tokenizer={spec} has one end-of-text token; leave the flag out")
     try:
         if spec == "bytes":
-            tokenizer = from_ranks(spec, {bytes([byte]): byte for byte in range(256)})
+            tokenizer = from_merges(spec, {bytes([byte]): byte for byte in range(256)})
             return tokenizer._replace(encode=lambda data: np.frombuffer(data, np.uint8), file=())
         if spec.startswith("train:") and sample:
-            return from_ranks(spec, train_ranks(spec, sample))
+            return from_merges(spec, train_merges(spec, sample))
         if spec.endswith(".tiktoken"):
-            return from_ranks(Path(spec).name, parse_ranks(spec))
+            return from_merges(Path(spec).name, read_merges(spec))
         if spec.endswith(".json"):
             return from_json(spec, Path(spec).read_bytes(), eot_token)
         return from_tiktoken(tiktoken.get_encoding(spec))
@@ -68,45 +73,46 @@ def data_tokenizer(dataset):
     return tokenizer
 
 
-def train_ranks(spec, sample):
+def train_merges(spec, sample):
+    """Return {token: rank}: a pair of tokens whose whole has the least rank is merged first."""
     size = spec.removeprefix("train:")
     if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
         raise UserError(f"--tokenizer={spec}: expected a whole number from 257 (bytes and end of text) to 1000000")
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(sample(), int(size) - 1, pattern=PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(ranks) + 1 < int(size):
-        raise UserError(f"--tokenizer={spec}: the text yields only {len(ranks) + 1} tokens; ask for fewer")
-    return ranks
+    merges = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(merges) + 1 < int(size):
+        raise UserError(f"--tokenizer={spec}: the text yields only {len(merges) + 1} tokens; ask for fewer")
+    return merges
 
 
-def parse_ranks(spec):
+def read_merges(spec):
     try:
         pairs = [line.split() for line in Path(spec).read_bytes().splitlines()]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        merges = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
-        ranks = {}
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        merges = {}
+    if sorted(merges.values()) != list(range(len(merges))) or not all(bytes([byte]) in merges for byte in range(256)):
         raise UserError(f"--tokenizer={spec}: not a .tiktoken file, with ranks 0, 1, 2, ... and all single bytes")
-    return ranks
+    return merges
 
 
-def ranks_file(encoding):
-    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
+def merges_file(encoding):
+    merges = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in merges)
 
 
-def from_ranks(name, ranks):
-    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-    return from_tiktoken(encoding)._replace(file=("tokenizer.tiktoken", ranks_file(encoding)))
+def from_merges(name, merges):
+    encoding = tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=merges, special_tokens={EOT: len(merges)})
+    return from_tiktoken(encoding)._replace(file=("tokenizer.tiktoken", merges_file(encoding)))
 
 
 def from_tiktoken(encoding):
     specials = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
-    sha256 = hashlib.sha256(ranks_file(encoding) + json.dumps([specials, encoding._pat_str]).encode()).hexdigest()
+    sha256 = hashlib.sha256(merges_file(encoding) + json.dumps([specials, encoding._pat_str]).encode()).hexdigest()
 
     def encode(data):  # releases the GIL; names of special tokens are text
-        spans = (data[a:b].decode() for a, b in pairwise((0, *cut(data, SPAN))))
+        spans = (data[a:b].decode() for a, b in pairwise((0, *split_text(data, SPAN))))
         return np.concatenate([encoding.encode_to_numpy(span, disallowed_special=()) for span in spans])
 
     return Tokenizer(encoding.name, sha256, encoding.n_vocab, encoding.eot_token, encode, encoding.decode_bytes,
@@ -124,9 +130,14 @@ def from_json(spec, data, eot_token):
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # names of special tokens are text
     ids = tokenizer.get_vocab()
-    eot = next((name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids), None)
-    if eot is None:
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    found = [name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids]
+    found = [name for name in found if name in special] or found
+    if not found:
         raise UserError(f"--tokenizer={spec}: has no token {eot_token or ', '.join(EOT_NAMES)}; see --eot_token")
+    if len(found) > 1:
+        raise UserError(f"--tokenizer={spec}: has {' and '.join(found)}; name the right one with --eot_token")
+    eot = found[0]
     return Tokenizer(
         Path(spec).name, hashlib.sha256(data + eot.encode()).hexdigest(), max(ids.values()) + 1, ids[eot],
         lambda data: np.array(tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.uint32),
@@ -134,7 +145,7 @@ def from_json(spec, data, eot_token):
     )  # fmt: skip
 
 
-def cut(data, size):
+def split_text(data, size):
     """Yield the ends of pieces of size / 2 to size bytes; the last one may be shorter.
 
     A piece ends after the last blank line that fits; or else after the last line, word or character.

@@ -24,6 +24,7 @@ from conftest import (
 )
 
 import sampler
+from common.cli import UserError
 from common.tokenizer import load_tokenizer
 
 UNICODE = ["", "\n\n \t\r\n", "naïve café", "漢字かな交じり文", "e\u0301 vs é", "עברית", "x" * 5000, "don't I'LL",
@@ -64,6 +65,21 @@ def test_tokenizers_are_kept_beside_the_data_and_serve_again(tmp_path, hf_tokeni
             cwd=tmp_path)
 
 
+@pytest.mark.parametrize("special, ordinary, expected", [
+    (["</s>"], ["<|endoftext|>"], 0),  # the special one, not the first of the usual names
+    (["<s>"], ["<eos>"], 1), (["<|endoftext|>", "</s>"], [], None), (["<s>"], ["<|endoftext|>", "</s>"], None)])
+def test_end_of_text_token_of_a_tokenizer_json(tmp_path, special, ordinary, expected):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: n for n, name in enumerate(special + ordinary)}))
+    made.add_special_tokens(special)
+    made.save(path := str(tmp_path / "tokenizer.json"))
+    if expected is None:
+        with pytest.raises(UserError, match="--eot_token"):
+            load_tokenizer(path)
+    else:
+        assert load_tokenizer(path).eot == expected
+    assert load_tokenizer(path, special[0]).eot == 0
+
+
 def as_parquet(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=50)
@@ -95,44 +111,63 @@ VAL = {name: next(i for i in range(len(ids) - len(ids) // 20, len(ids)) if ids[i
        for name, ids in STREAM.items()}
 
 
-def megatron(folder, name, dtype="<u2", code=8, version=1):
-    STREAM[name].astype(dtype).tofile(folder / f"{name}_text_document.bin")
-    lengths = np.array([len(ids) for ids in CORPUS[name]], "<i4")
+def megatron(folder, name, dtype="<u2", code=8, version=1, magic=b"MMIDIDX\0\0", documents=None):
+    """Each document is two sequences, like sentences."""
+    documents = documents or CORPUS[name]
+    np.concatenate(documents).astype(dtype).tofile(folder / f"{name}_text_document.bin")
+    lengths = np.array([n for ids in documents for n in (5, len(ids) - 5)], "<i4")
     pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(dtype).itemsize
-    head = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", version, code, len(lengths), len(lengths) + 1)
-    index = head + lengths.tobytes() + pointers.tobytes() + np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+    head = struct.pack("<9sQBQQ", magic, version, code, len(lengths), len(documents) + 1)
+    borders = 2 * np.arange(len(documents) + 1, dtype="<i8")
+    index = head + lengths.tobytes() + pointers.tobytes() + borders.tobytes()
     (folder / f"{name}_text_document.idx").write_bytes(index)
 
 
-def datatrove(folder, name, dtype="<u2"):
+def datatrove(folder, name, dtype="<u2", metadata="gpt2|2\nN\n", index=True):
     STREAM[name].astype(dtype).tofile(folder / f"{name}.ds")
-    np.cumsum([len(ids) for ids in CORPUS[name]]).astype("<u8").tofile(folder / f"{name}.ds.index")
-    (folder / f"{name}.ds.metadata").write_text(f"gpt2\n{len(STREAM[name])}\n12.3 kT")
+    if index:
+        np.cumsum([len(ids) for ids in CORPUS[name]]).astype("<u8").tofile(folder / f"{name}.ds.index")
+    (folder / f"{name}.ds.metadata").write_text(metadata.replace("N", str(len(STREAM[name]))))
+
+
+def bare(folder, file, ids=STREAM["a"], dtype="<u2", head=b""):
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_bytes(head + ids.astype(dtype).tobytes())
+
+
+def rows(folder, file, parts, dtype="int32"):
+    (folder / file).parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"input_ids": pa.array([list(part) for part in parts], pa.list_(getattr(pa, dtype)()))}),
+                   folder / file)
 
 
 def nanogpt_pair(folder, name):
-    (folder / name).mkdir()
-    for side, ids in (("train", STREAM[name][: VAL[name]]), ("val", STREAM[name][VAL[name] :])):
-        ids.astype("<u2").tofile(folder / name / f"{side}.bin")
+    """Like fineweb's, and with test data, which is left out."""
+    bare(folder, f"{name}/{name}_train_000001.bin", STREAM[name][: VAL[name]])
+    bare(folder, f"{name}/{name}_val_000000.bin", STREAM[name][VAL[name] :])
+    bare(folder, f"{name}/test.bin", STREAM[name])
 
 
-def llm_c(folder, name):
+def llm_c(folder, name, magic=20240520, version=1, count=None):
     header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(STREAM[name])
-    (folder / f"{name}.bin").write_bytes(header.tobytes() + STREAM[name].astype("<u2").tobytes())
+    header[:3] = magic, version, count or len(STREAM[name])
+    bare(folder, f"{name}.bin", STREAM[name], head=header.tobytes())
 
 
 def packed_rows(folder, name):
-    (folder / name).mkdir()
     for shard, ids in enumerate((STREAM[name][:3200], STREAM[name][3200:])):
-        parts = [ids[start : start + 64] for start in range(0, len(ids), 64)]
-        pq.write_table(pa.table({"input_ids": parts}), folder / f"{name}/{shard}.parquet")
+        rows(folder, f"{name}/{shard}.parquet", [ids[start : start + 64] for start in range(0, len(ids), 64)])
 
 
 FORMATS = {
     "megatron uint16": megatron, "megatron int32": functools.partial(megatron, dtype="<i4", code=4),
-    "datatrove": datatrove, "nanogpt": lambda folder, name: STREAM[name].astype("<u2").tofile(folder / f"{name}.bin"),
-    "nanogpt pair": nanogpt_pair, "llm.c": llm_c, "packed rows": packed_rows}
+    "megatron int64": functools.partial(megatron, dtype="<i8", code=5), "datatrove": datatrove,
+    "datatrove uint32": functools.partial(datatrove, dtype="<u4", metadata="x\nN\n", index=False),
+    **{f"bare {dtype}": lambda folder, name, dtype=dtype: bare(folder, f"{name}.bin", STREAM[name], dtype)
+       for dtype in ("<u2", "<i4", "<i8")},
+    "two types": lambda folder, name: bare(folder, f"{name}.bin", STREAM[name], "<u4" if name == "a" else "<u2"),
+    "train and val": nanogpt_pair, "llm.c": llm_c, "packed rows": packed_rows}  # fmt: skip
+COPIED = ("megatron int64", "bare <i8", "llm.c", "packed rows")
 
 
 def link(tmp_path, write, *names):
@@ -143,11 +178,35 @@ def link(tmp_path, write, *names):
     return sampler.load_dataset(tmp_path / "data/raw", WINDOW)
 
 
-def test_rows_of_documents_get_their_end_of_text(tmp_path):
-    link(tmp_path, lambda folder, name: pq.write_table(
-        pa.table({"input_ids": [ids[:-1] for ids in CORPUS[name]]}), folder / f"{name}.parquet"), "a")
-    parts = [np.fromfile(tmp_path / f"data/raw/a/{side}.bin", "<u2") for side in ("train", "val")]
-    assert np.array_equal(np.concatenate(parts), np.append(EOT, STREAM["a"])[:-1]) and parts[1][0] == EOT
+DOCUMENTS = [np.random.default_rng(n).integers(0, 255, size=40 + n % 30) for n in range(2100)]
+LONE = [*DOCUMENTS[:7], np.insert(DOCUMENTS[7], 9, EOT), *DOCUMENTS[8:]]  # one has end of text inside
+ENDED = [np.append(ids, EOT) for ids in DOCUMENTS]
+
+
+@pytest.mark.parametrize("write, flags, documents", [
+    (lambda folder: rows(folder, "a.parquet", DOCUMENTS), "", 2100),
+    (lambda folder: rows(folder, "a.parquet", [np.append(EOT, ids) for ids in DOCUMENTS]), "", 2100),
+    (lambda folder: rows(folder, "a.parquet", ENDED), "", 2100),
+    (lambda folder: rows(folder, "a.parquet", LONE), "", None),  # documents, or packed?
+    (lambda folder: rows(folder, "a.parquet", LONE), "--insert_eot", 2101),
+    (lambda folder: rows(folder, "a.parquet", ENDED[:999] + DOCUMENTS[999:]), "--insert_eot", 2100),
+    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "", None),  # pieces of what?
+    (lambda folder: megatron(folder, "a", documents=DOCUMENTS), "", 2100),
+    (lambda folder: megatron(folder, "a", documents=ENDED[:9] + DOCUMENTS[9:]), "", None)])
+def test_documents_that_only_an_index_or_rows_tell(tmp_path, write, flags, documents):
+    """One decision for the domain: insert nothing, or end of text where documents have none, or ask for a flag."""
+    (tmp_path / "raw").mkdir()
+    write(tmp_path / "raw")
+    if documents is None:
+        refused(tmp_path, ["--insert_eot"], "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
+        return
+    prepare_in(tmp_path, f"raw --tokenizer=bytes {flags}", script="tools/link.py")
+    entry = json.loads((tmp_path / "data/raw/meta.json").read_text())["domains"]["a"]
+    train, val = (np.fromfile(tmp_path / f"data/raw/a/{side}.bin", "<u2")[: entry[f"{side}_tokens"]]
+                  for side in ("train", "val"))
+    ids = np.concatenate([train, val])
+    assert entry["train_documents"] + entry["val_documents"] == documents and (ids == EOT).sum() == documents
+    assert np.array_equal(ids[ids != EOT], np.concatenate(DOCUMENTS)) and val[0] == EOT
 
 
 def losses_on(data, out):
@@ -177,7 +236,8 @@ def test_token_files_give_the_windows_and_losses_of_ordinary_bins(tmp_path, ordi
         assert (entry["train_documents"], entry["val_documents"]) == (len(CORPUS[name]) - held_out, held_out)
         assert entry["val_bytes"] == len(ids) - end - held_out - 1  # a byte per id
         linked = (tmp_path / f"data/raw/{name}/train.bin").is_symlink()
-        assert linked == (form not in ("llm.c", "packed rows")) and linked == ("train_file_bytes" in entry)
+        assert linked == (form not in COPIED and (form, name) != ("two types", "a"))
+        assert linked == ("train_file_bytes" in entry)
     found = losses_on(tmp_path / "data/raw", tmp_path / "run")
     assert found == ordinary_losses and len(found[0]) == 12 and len(found[1]) == 2
 
@@ -192,19 +252,46 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("write, named", [
     (lambda folder: megatron(folder, "a", version=2), ["a_text_document.idx"]),
+    (lambda folder: megatron(folder, "a", magic=b"TNTIDX\0\0\0"), ["a_text_document.idx"]),
     (lambda folder: megatron(folder, "a", code=7), ["a_text_document.idx"]),  # floats
-    (lambda folder: (megatron(folder, "a"), STREAM["a"][:-1].astype("<u2").tofile(folder / "a_text_document.bin")),
+    (lambda folder: (megatron(folder, "a"), bare(folder, "a_text_document.bin", STREAM["a"][:-1])),
      ["a_text_document.bin"]),
+    (lambda folder: (megatron(folder, "a"), (folder / "a_text_document.bin").rename(folder / "b.bin")),
+     ["a_text_document.idx", "missing"]),
+    (lambda folder: datatrove(folder, "a", metadata="gpt2|4\n99\n"), ["a.ds"]),
+    (lambda folder: datatrove(folder, "a", metadata="gpt2|2\n99\n"), ["a.ds"]),
+    (lambda folder: llm_c(folder, "a", version=2), ["a.bin", "header"]),
+    (lambda folder: llm_c(folder, "a", magic=20260101), ["a.bin", "header"]),
+    (lambda folder: llm_c(folder, "a", count=9), ["a.bin", "9 tokens"]),
+    (lambda folder: bare(folder, "a.bin", head=b"\x93NUMPY\x01\0"), ["a.bin", "header"]),
+    (lambda folder: bare(folder, "a.bin", head=b"LITPKDS" + bytes(17)), ["a.bin", "header"]),
+    (lambda folder: bare(folder, "a.bin", dtype=">u2"), ["a.bin", "65024"]),
     (lambda folder: (folder / "a.bin").write_bytes(b"x" * 4001), ["a.bin"]),
-    (lambda folder: np.full(999, 60000, "<u2").tofile(folder / "a.bin"), ["a.bin", "60000"]),
-    (lambda folder: np.full(999, 7, "<u2").tofile(folder / "a.bin"), ["a.bin", "256"]),  # no end of text
-    (lambda folder: (megatron(folder, "a"), datatrove(folder, "b", "<u4")), ["b.ds"]),  # two types
+    (lambda folder: bare(folder, "a.bin", np.full(999, 60000)), ["a.bin", "60000"]),
+    (lambda folder: bare(folder, "a.bin", np.full(999, 7)), ["a.bin", "256"]),  # no end of text
+    (lambda folder: (bare(folder, "a/train.bin"), bare(folder, "a/val.bin", np.arange(0))), ["a/val.bin"]),
+    (lambda folder: bare(folder, "a.bin", np.arange(0)), ["a.bin"]),
+    (lambda folder: bare(folder, "a/test.bin"), ["raw/a"]),
+    (lambda folder: (bare(folder, "train.bin"), bare(folder, "val.bin")), ["val.bin"]),
+    (lambda folder: (bare(folder, "a/x.bin"), bare(folder, "a/x.npy")), ["x.npy"]),
+    (lambda folder: rows(folder, "a.parquet", [*ENDED[:99], [-1, EOT]]), ["a.parquet", "-1"]),
+    (lambda folder: rows(folder, "a.parquet", [*ENDED[:99], [2**32 + 5, EOT]], "int64"), ["a.parquet", "4294967301"]),
+    (lambda folder: rows(folder, "a.parquet", ENDED[:9], "float32"), ["a.parquet", "float"]),
     (lambda folder: as_parquet(folder / "a.parquet", [{"text": "a"}]), ["a.parquet"]),
-    (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1"), ["a.parquet"]),
-    (lambda folder: (folder / "a.npy").write_bytes(b""), ["a.npy"]),
-    (lambda folder: (folder / "a.bin").write_bytes(b""), ["a.bin"])])
+    (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1"), ["a.parquet"])])
 def test_bad_token_files(tmp_path, write, named):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw")
     refused(tmp_path / "raw", named, "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
     assert not list(tmp_path.glob("data/*"))
+
+
+def test_an_empty_shard_and_a_type_by_flag(tmp_path):
+    """Every second id is 0, which --dtype says are ids, too; one shard has none."""
+    ids = np.stack([STREAM["a"], np.zeros_like(STREAM["a"])], axis=1).ravel()
+    (tmp_path / "raw").mkdir()
+    bare(tmp_path / "raw", "a/0.bin", ids)
+    bare(tmp_path / "raw", "a/1.bin", np.arange(0))
+    prepare_in(tmp_path, "raw --tokenizer=bytes --dtype=uint16", script="tools/link.py")
+    entry = json.loads((tmp_path / "data/raw/meta.json").read_text())["domains"]["a"]
+    assert entry["train_tokens"] + entry["val_tokens"] == 2 * len(STREAM["a"])

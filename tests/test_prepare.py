@@ -4,7 +4,6 @@ import base64
 import gzip
 import hashlib
 import json
-import lzma
 import os
 import resource
 import shutil
@@ -12,9 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import EOT, ROOT, TEXTS, contents, prepare_in, prose, read_set, refused, sides, write_rows, write_texts
+
+import prepare
+from common.tokenizer import load_tokenizer
 
 
 def test_known_numbers(tmp_path):
@@ -25,7 +31,9 @@ def test_known_numbers(tmp_path):
     assert (tmp_path / "data/raw/x/val.bin").read_bytes() == b"\x00\x01b\x00"
     assert json.loads((tmp_path / "data/raw/meta.json").read_text())["domains"] == {
         "x": {"train_tokens": 4, "val_tokens": 2, "train_documents": 2, "val_documents": 1,
-              "train_bytes": 2, "val_bytes": 1}}
+              "train_bytes": 2, "val_bytes": 1,
+              "train_sha256": hashlib.sha256(b"8" + b"\x00\x01e\x00\x00\x01e\x00").hexdigest(),
+              "val_sha256": hashlib.sha256(b"4" + b"\x00\x01b\x00").hexdigest()}}
 
 
 @pytest.mark.parametrize("spec, vocab_size", [("bytes", 257), ("train:300", 300)])
@@ -102,13 +110,66 @@ def test_domain_key(tmp_path):
 
 
 def test_max_bytes_keeps_proportions(tmp_path):
-    for name, share in (("a", 1), ("b", 4), ("c/0", 2), ("c/1", 3)):
-        write_texts(tmp_path / f"raw/{name}.jsonl", [prose(200, number) for number in range(60 * share)])
+    """Of the text, whatever the format, the compression and the other fields of a row."""
+    texts = [prose(200, number) for number in range(360)]
+    rows = [{"text": text, "other": "x" * 5000} for text in texts]
+    write_texts(tmp_path / "raw/a.jsonl", texts[:60])
+    write_rows(tmp_path / "raw/b.jsonl.gz", rows[:240])
+    pq.write_table(pa.Table.from_pylist(rows[:120]), tmp_path / "raw/c0.parquet")
+    write_rows(tmp_path / "raw/c/0.jsonl.xz", rows[120:240])
+    write_rows(tmp_path / "raw/c/1.json", rows[:60])
+    (tmp_path / "raw/d.txt").write_text(EOT.join(texts[:60]))
     prepare_in(tmp_path, "raw --tokenizer=bytes --max_bytes=200_000 --val_fraction=0.3")
     domains = read_set(tmp_path / "data/raw")[0]["domains"]
     size = {name: entry["train_bytes"] + entry["val_bytes"] for name, entry in domains.items()}
     assert 200_000 <= sum(size.values()) < 202_000  # at most one document too many
-    assert size == pytest.approx({"a": 20_000, "b": 80_000, "c": 100_000}, abs=2000)
+    parts = {"a": 60, "b": 240, "c": 180, "c0": 120, "d": 60}
+    assert size == pytest.approx({name: 200_000 * part / 660 for name, part in parts.items()}, abs=2000)
+
+
+def test_max_bytes_estimates_large_files(tmp_path, monkeypatch):
+    """The text of a large file is estimated from its beginning: here from a tenth, to 4%."""
+    monkeypatch.setattr("common.corpus.MEASURED", 200_000)
+    texts = [prose(200, number) for number in range(2000)]
+    write_texts(tmp_path / "a.jsonl", texts)
+    write_texts(tmp_path / "a.jsonl.gz", texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for path in tmp_path.iterdir():
+        found = prepare.text_size(prepare.Input(path, "a", "rows"), "text")
+        assert found == pytest.approx(sum(map(len, texts)), rel=0.04) and found != sum(map(len, texts))
+
+
+def test_max_val_tokens(tmp_path):
+    """val.bin keeps the documents of least hash that fit; the others are in neither file; train.bin is the same."""
+    write_texts(tmp_path / "raw/a.jsonl", [*TEXTS, *TEXTS[:30]])
+    prepare_in(tmp_path, "raw --tokenizer=bytes --val_fraction=0.5 --out_dir=all")
+    prepare_in(tmp_path, "raw --tokenizer=bytes --val_fraction=0.5 --max_val_tokens=2000 --out_dir=some")
+    (_, every), (meta, some) = (read_set(tmp_path / name) for name in ("all", "some"))
+    expected, tokens = [], 0
+    for text in sorted(every["a"]["val"], key=lambda text: prepare.text_hash(text.encode())):
+        tokens += len(text.encode()) + 1
+        if tokens <= 2000:
+            expected.append(text)
+    assert sorted(some["a"]["val"]) == sorted(expected) and 1900 < meta["domains"]["a"]["val_tokens"] <= 2000
+    assert some["a"]["val"] == [text for text in every["a"]["val"] if text in expected]
+    assert some["a"]["train"] == every["a"]["train"]
+
+
+def test_memory_of_one_large_document(tmp_path):
+    """A document of n bytes, a token each: n bytes of text and 2 n of ids, and nothing larger on the way."""
+    n = 8_000_000
+    tokenizer, text = load_tokenizer("bytes"), b"0123456 " * (n // 8)
+    (tmp_path / "raw/a").mkdir(parents=True)
+    (tmp_path / "raw/a/x").write_bytes(text)
+    tracemalloc.start()
+    documents = prepare.read_documents(prepare.find_inputs(str(tmp_path / "raw"), None), "text", None)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(prepare.UserError, match="falls in"):  # one document has one side only
+        prepare.write_bins(documents, tmp_path / "out", tokenizer, np.dtype("<u2"), 0.5, 10**9, workers=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    (written,) = (tmp_path / "out/a").iterdir()
+    assert written.stat().st_size == 2 * n + 2 and 3 * n < peak < 3.5 * n
 
 
 def test_runs_agree_to_the_byte_whatever_the_workers(tmp_path):
@@ -131,61 +192,49 @@ def test_interrupted_run_leaves_no_data_set(tmp_path, number):
     flags = "raw --tokenizer=slow.tiktoken --workers=1 --out_dir=x/set".split()
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", *flags], stdout=subprocess.DEVNULL, cwd=tmp_path)
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("x/set.tmp/a/train.bin")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("x/.set.tmp/a/train.bin")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(number)
     killed = number == signal.SIGKILL
     assert process.wait(timeout=30) == (-9 if killed else 128 + number)
-    assert [path.name for path in (tmp_path / "x").iterdir()] == (["set.tmp"] if killed else [])
-    if killed:
-        refused(tmp_path / "raw", ["x/set.tmp"], "prepare.py", "raw", "--tokenizer=bytes", "--out_dir=x/set",
-                cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ([".set.tmp"] if killed else [])
+    prepare_in(tmp_path, "raw --tokenizer=bytes --out_dir=x/set")  # clears what was left
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["set"]
+    assert sorted(path.name for path in (tmp_path / "x/set").iterdir()) == ["a", "meta.json"]
+
+
+@pytest.mark.parametrize("out_dir", [".", "/", "..", "link", "new/..", "raw/good.jsonl/x", "raw"])
+def test_out_dir_is_checked_first(tmp_path, monkeypatch, out_dir):
+    write_texts(tmp_path / "raw/good.jsonl")
+    (tmp_path / "link").symlink_to("nowhere")
+    monkeypatch.setattr(prepare, "load_tokenizer", None)
+    refused(tmp_path, [out_dir], "prepare.py", "raw", f"--out_dir={out_dir}", cwd=tmp_path)
 
 
 RAW, KEY = "raw --tokenizer=bytes", "raw --tokenizer=bytes --domain_key=meta.set"
 BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (None, "nowhere", ["nowhere"]),
     (None, "raw/good.jsonl", ["raw/good.jsonl", "--domain_key"]),
-    (("b.docx", b"x"), RAW, ["raw/b.docx"]),
-    (("good.jsonl.gz", b""), RAW, ["'good'", "good.jsonl and good.jsonl.gz"]),
-    (("b/x.py", b"abc\xff"), RAW, ["raw/b/x.py", "position 3"]),
-    (("b.jsonl", b"[" * 200_000), RAW, ["raw/b.jsonl, line 1"]),
-    (("b.jsonl", b"[1]\n"), RAW, ["raw/b.jsonl, line 1", "'text'"]),
-    (("b.jsonl", b'{"text": null}\n'), RAW, ["raw/b.jsonl, line 1", "NoneType"]),
-    (("b.jsonl.gz", b'{"text": "a"}\n'), RAW, ["raw/b.jsonl.gz"]),
-    (("b.jsonl.xz", lzma.compress(b" " * 99)[:50]), RAW, ["raw/b.jsonl.xz"]),
-    (("b.jsonl.xz", b"x"), RAW, ["raw/b.jsonl.xz"]),
-    (("b.jsonl.zst", b"x"), RAW, ["raw/b.jsonl.zst"]),
-    (("b.parquet", b"x"), RAW, ["raw/b.parquet"]),
-    (("b.jsonl", b'{"text": ""}\n' * 3), RAW, ["'b'", "none of its 0 documents"]),
     (("b.txt", b""), RAW, ["raw/b.txt", "gives no document"]),
-    (("b.jsonl", b"\n"), RAW, ["raw/b.jsonl", "gives no document"]),
     (("z.jsonl", b'{"text": "b"}\n' * 9), RAW + " --max_bytes=2", ["z.jsonl", "--max_bytes=2"]),
-    (("b.txt", b"a " * 8000 + b"\xc3("), RAW, ["raw/b.txt, document 2"]),
-    (("b.jsonl", b'{"text": "a"}\n\n{"text": \n'), RAW, ["raw/b.jsonl, line 3"]),
-    (("b.jsonl", b'{"text": ""}\n{"text": "\xff"}'), RAW, ["raw/b.jsonl, line 2"]),
-    (("b.jsonl", b'{"txt": "a"}\n'), RAW, ["raw/b.jsonl, line 1", "'text'"]),
-    (("b.jsonl", b'{"text": "\\ud800"}\n'), RAW, ["raw/b.jsonl, line 1"]),
     (("b.jsonl.gz", gzip.compress(str(3**4000).encode())[:99]), RAW, ["raw/b.jsonl.gz"]),
+    (("b.jsonl", b'{"text": ""}\n' * 3), RAW, ["'b'", "none of its 0 documents"]),
     (("b.jsonl", b'{"text": "a"}\n'), RAW, ["'b'", "train"]),
     (("b.jsonl", b'{"text": "b"}\n' * 2), RAW, ["'b'", "val"]),
     (("b.jsonl", b'{"text": "a"}\n'), KEY, ["raw/b.jsonl, line 1", "'meta.set'"]),
-    (("a.jsonl", b'{"text": "a", "meta": {"set": "../x"}}'), KEY, ["raw/a.jsonl", "'../x'"]),
+    *((("a.jsonl", json.dumps({"text": "a", "meta": {"set": name}}).encode()), KEY, ["raw/a.jsonl", repr(name)])
+      for name in ("../x", "", "a\n", "meta.json", "Tokenizer.json")),
     (("a.jsonl", b'{"text": "a", "meta": {"set": 1.5}}'), KEY, ["raw/a.jsonl, line 1", "float"]),
-    (("a.jsonl", b'{"text": "a", "meta": {"set": ""}}'), KEY, ["raw/a.jsonl", "''"]),
-    (("a.jsonl", b'{"text": "a", "meta": {"set": "a\\n"}}'), KEY, ["raw/a.jsonl", "'a\\n'"]),
+    (("tokenizer.model/x.txt", b"a"), RAW, ["raw/tokenizer.model", "'tokenizer.model'"]),
     *((None, f"{RAW} {flag}", [flag.split("=")[0]]) for flag in (
-        "--val_fraction=1", "--val_fraction=0", "--val_fraction=nan", "--workers=0", "--out=x")),
+        "--val_fraction=1", "--val_fraction=0", "--val_fraction=nan", "--workers=0", "--out=x", "--eot_token=x")),
     (None, "raw --tokenizer=train:256", ["--tokenizer=train:256", "257"]),
     (None, "raw --tokenizer=train:4k", ["--tokenizer=train:4k", "whole number"]),
+    (None, "raw --tokenizer=train:60000", ["--tokenizer=train:60000"]),
     (None, "raw --tokenizer=gpt9", ["--tokenizer=gpt9", "gpt2"]),
     (None, "raw --tokenizer=x.tiktoken", ["x.tiktoken", "No such file"]),
-    (("../x.tiktoken", b"abc\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
-    (("../t.json", b"{}"), "raw --tokenizer=t.json", ["t.json", "not a tokenizer.json"]),
-    (None, RAW + " --out_dir=raw/good.jsonl/x", ["raw/good.jsonl"]),
-    (None, "raw --tokenizer=train:60000", ["--tokenizer=train:60000"]),
     (("../x.tiktoken", b"YQ== 1\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
-    (None, RAW + " --out_dir=raw", ["raw", "exists"]),
+    (("../t.json", b"{}"), "raw --tokenizer=t.json", ["t.json", "not a tokenizer.json"]),
 ]  # fmt: skip
 
 

@@ -46,16 +46,53 @@ def test_commands_run_on_a_small_data_set(tmp_path):
     assert (tmp_path / "hf/large-doremi/model.safetensors").exists()
 
 
-def test_demo_runs_the_commands(tmp_path):
-    """Run demo.sh with a python that only writes down what it is asked to run."""
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    for name in ("demo.sh", "requirements.txt", ".venv/installed.txt"):
-        shutil.copy(ROOT / name.replace(".venv/installed", "requirements"), tmp_path / name)
-    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
-    (python := tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/ran\n')
-    python.chmod(0o755)
-    subprocess.run(["./demo.sh"], cwd=tmp_path, check=True, env={**os.environ, "PYTHON": "false"})
-    ran = [line.removesuffix(" --resume") for line in (tmp_path / "ran").read_text().splitlines()]
+FAKE = """#!/bin/sh
+# A python that writes down what it is asked to run. It imports if there is a file NAME.ready, has pip if NAME.pip
+echo "NAME $@" >> ROOT/asked
+case "$*" in
+    "-c import"*) [ -e ROOT/NAME.ready ];;
+    "-m pip --version") [ -e ROOT/NAME.pip ];;
+    "-m venv"*) mkdir -p ROOT/.venv/bin; cp ROOT/fake ROOT/.venv/bin/python; touch ROOT/venv.pip;;
+    "-m ensurepip") touch ROOT/venv.pip;;
+esac
+"""
+
+
+def run_demo(folder, *ready):
+    """Run demo.sh with pythons that only write it down.  Return what was asked of them, imports apart."""
+    (folder / "common").mkdir()
+    for name in ("demo.sh", "requirements.txt", "common/environment.sh"):
+        shutil.copy(ROOT / name, folder / name)
+    fake = FAKE.replace("ROOT", str(folder))
+    for name, file in ("base", "bin/python3"), ("venv", ".venv/bin/python"), ("uv", "bin/uv"), ("venv", "fake"):
+        if name in ready or name == "base" or file == "fake":
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(fake.replace("NAME", name))
+            (folder / file).chmod(0o755)
+    for name in ready:
+        (folder / name).touch()
+    env = {**os.environ, "PATH": f"{folder}/bin:/usr/bin:/bin"}
+    env.pop("PYTHON", None)
+    subprocess.run(["./demo.sh"], cwd=folder, check=True, env=env)
+    asked = [line for line in (folder / "asked").read_text().splitlines() if " -c " not in line]
+    return [line for line in asked if not line.endswith("--version")]
+
+
+INSTALL = "-m pip install -q -r requirements.txt"
+
+
+@pytest.mark.parametrize("ready, asked", [
+    (["venv", "venv.ready"], []),  # made by uv: no pip in it, nothing to install
+    (["base.ready"], []), (["venv", "venv.pip", "base.ready"], []),  # the active environment
+    (["venv", "uv"], ["uv pip install -q --python .venv/bin/python -r requirements.txt"]),
+    (["venv", "venv.pip", "uv"], [f"venv {INSTALL}"]),
+    (["venv"], ["venv -m ensurepip", f"venv {INSTALL}"]),  # killed while it was made
+    ([], ["base -m venv --clear .venv", f"venv {INSTALL}"])])
+def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, ready, asked):
+    found = run_demo(tmp_path, *ready)
+    assert found[: len(asked)] == asked
+    python = "base" if "base.ready" in ready else "venv"
+    ran = [line.removeprefix(f"{python} ").removesuffix(" --resume") for line in found[len(asked) :]]
     for command in PIPELINE:
         assert command in ran or command.startswith(("compare.py", "evaluate.py", "-m "))
     (compared,) = [line for line in ran if line.startswith("compare.py")]
