@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError, shown
-from common.files import count, misfit, positive_count, read_json
+from common.files import count, misfit, positive_count, read_json, sample_sha256
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
 
@@ -47,13 +47,16 @@ class Dataset:
         """What a run records of its data: JSON values.  weights: (K,) sampling weights."""
         data = {name: self.meta[name] for name in ("tokenizer", "tokenizer_sha256", "vocab_size")}
         data["train_tokens"] = {name: self.meta["domains"][name]["train_tokens"] for name in self.domains}
+        samples = [self.meta["domains"][name][f"{split}_sha256"]
+                   for name in sorted(self.domains) for split in ("train", "val")]
+        data["sample_sha256"] = hashlib.sha256("".join(samples).encode()).hexdigest()  # tells other text apart
         named = dict(zip(self.domains, np.asarray(weights).tolist()))
         return {"domains": list(self.domains), "sampling_weights": named, "data": {"data_dir": self.directory, **data}}
 
     def check_same_data(self, run, config):
         """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
         here, there = self.describe(self.token_counts())["data"], config["data"]
-        for name in here.keys() - {"data_dir"}:
+        for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256"):
             if here[name] != there[name]:
                 raise UserError(f"{run} was trained with {name} {shown(there[name])}, but {self.directory} has "
                                 f"{shown(here[name])}; give the data that it was trained on")
@@ -79,7 +82,8 @@ def token_type(value):
     return value in ("uint16", "uint32")
 
 
-DOMAIN = {"train_tokens": count, "val_tokens": positive_count, "val_bytes": positive_count}
+DOMAIN = {"train_tokens": count, "val_tokens": positive_count, "val_bytes": positive_count, "train_sha256": str,
+          "val_sha256": str}
 META = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": positive_count, "eot_token": count,
         "dtype": token_type, "domains": {str: DOMAIN}}
 
@@ -102,8 +106,12 @@ def load_dataset(directory, block_size):
             n_tokens = counts[f"{split}_tokens"]
             size = counts.get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see tools/link.py
             if not count(size):
-                raise UserError(f"{path}: domains.{name}.{split}_file_bytes is {shown(size)}; prepare the data set again")
+                raise UserError(f"{path}: domains.{name}.{split}_file_bytes is {shown(size)}; prepare the data set "
+                                "again")
             windows.append(map_windows(file, size, n_tokens, dtype, block_size))
+            if sample_sha256(file, n_tokens * dtype.itemsize) != counts[f"{split}_sha256"]:
+                raise UserError(f"{file} holds other tokens than those that meta.json describes; prepare the data set "
+                                "again")
     return Dataset(str(directory), meta, block_size, domains, tuple(splits["train"]), tuple(splits["val"]))
 
 

@@ -4,6 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 source common/environment.sh requirements-test.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
-    pytest hypothesis transformers tokenizers safetensors pyarrow datasets zstandard
+    filelock pytest hypothesis ruff transformers tokenizers safetensors pyarrow datasets zstandard
 
 python -m pytest "$@"

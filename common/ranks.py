@@ -275,7 +275,7 @@ def check_fit(model, checkpoint):
         for what, found in entries.items():
             shape = list(found.shape) if isinstance(found, torch.Tensor) else None
             if shape != list(parameter.shape):
-                raise UserError(f"ckpt.pt: {what} of {name} has the shape {shape}, expected {list(parameter.shape)}; it "
+                raise UserError(f"ckpt.pt: {what} of {name} has shape {shape}, expected {list(parameter.shape)}; it "
                                 "was changed, or written by another version: delete it to start again")
 
 

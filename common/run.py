@@ -301,7 +301,7 @@ def check_same(runs, found, remedy):
 FLAGS = {"seed": count, "max_steps": positive_count, "batch_size": positive_count, "eval_windows": count,
          "learning_rate": float}
 SHAPE = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn"), positive_count)
-DATA = {"data_dir": str, "tokenizer": str, "tokenizer_sha256": str, "vocab_size": positive_count,
+DATA = {"data_dir": str, "tokenizer": str, "tokenizer_sha256": str, "sample_sha256": str, "vocab_size": positive_count,
         "train_tokens": {str: positive_count}}
 REFERENCE = {"out_dir": str, "sampling_weights": {str: float}, "fingerprint": str, "seed": count,
              "max_steps": positive_count, "batch_size": positive_count}

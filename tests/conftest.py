@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 #NONE
+from common.files import sample_sha256
 from common.run import identity
 from common.tokenizer import load_tokenizer
 from sampler import Sampler, folder_name, load_dataset
@@ -49,7 +50,9 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
         for split, ids in (("train", train), ("val", val)):
             np.asarray(ids, dtype="<u2").tofile(directory / name / f"{split}.bin")
         domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
-                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val)}
+                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val),
+                         **{f"{split}_sha256": sample_sha256(directory / name / f"{split}.bin", 2 * len(ids))
+                            for split, ids in (("train", train), ("val", val))}}
     (directory / "meta.json").write_text(json.dumps(
         {"tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size, "eot_token": 0,
          "dtype": "uint16", "domains": domains}))

@@ -28,7 +28,8 @@ def proxy_run(path, alpha, seed=1, step=None, flags=None, reference=None, **chan
     config = {
         "stage": "proxy", "n_params": 5000, "domains": DOMAINS, "sampling_weights": dict.fromkeys(DOMAINS, 1 / 3),
         "model": {"block_size": 8}, "data": {
-            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
+            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "sample_sha256": "ef",
+            "vocab_size": 300,
             "train_tokens": {"books": 600, "code": 300, "web": 100}},
         "flags": {"max_steps": len(alpha), "batch_size": 4, "eval_windows": 4, "step_size": 1.0, "smoothing": 1e-3,
                   "learning_rate": 1e-3,
@@ -184,7 +185,8 @@ def test_names_of_any_characters(tmp_path):
     """The console cannot show them, and weights.json is there all the same; no picture takes them for markup."""
     names = ["新闻", "$x_{y$", "_misc", "a\nb"]
     config = {"domains": names, "sampling_weights": dict.fromkeys(names, 0.25), "data": {
-        "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
+        "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "sample_sha256": "ef",
+            "vocab_size": 300,
         "train_tokens": dict.fromkeys(names, 9)}}
     reference = {"sampling_weights": dict.fromkeys(names, 0.25)}
     run = proxy_run(tmp_path / "proxy", [[0.1, 0.2, 0.3, 0.4]], reference=reference, **config)

@@ -15,7 +15,7 @@ from conftest import TINY, edit, read_metrics, refused, run_here, write_dataset
 from forked import Job
 
 from common import ranks
-from common.files import write_atomically
+from common.files import sample_sha256, write_atomically
 from sampler import load_dataset
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
@@ -56,7 +56,8 @@ def edit_checkpoint(run, change):
 @pytest.mark.parametrize("file, spoil", [
     *((f"rich/{split}.bin", spoil) for split in ("train", "val") for spoil in (
         lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-7]),
-        lambda path: path.write_bytes(path.read_bytes() + b"xx"))),
+        lambda path: path.write_bytes(path.read_bytes() + b"xx"),
+        lambda path: path.write_bytes(path.read_bytes()[::-1]))),  # as long, and other text
     ("meta.json", lambda path: path.unlink()), ("meta.json", lambda path: path.write_text("{")),
     *(("meta.json", lambda path, change=change: edit(path, change)) for change in (
         lambda meta: meta.pop("dtype"), lambda meta: meta.update(dtype="uint12"), lambda meta: meta.update(domains={}),
@@ -77,7 +78,9 @@ def test_domain_smaller_than_one_window(tmp_path, train, val):
 def test_token_past_the_vocabulary(tmp_path, data, split, left):
     """The first batch with such a token is refused; none is in a checkpoint (the first is of step 4, before it)."""
     path = data / "counting" / f"{split}.bin"
-    np.full_like(np.fromfile(path, dtype="<u2"), 64).tofile(path)
+    (ids := np.full_like(np.fromfile(path, dtype="<u2"), 64)).tofile(path)
+    name = f"{split}_sha256"
+    edit(data / "meta.json", lambda meta: meta["domains"]["counting"].update({name: sample_sha256(path, 2 * len(ids))}))
     assert reference_refused(tmp_path, data, mentions=["counting", f"{split}.bin", "64"], begun=True) == left
 
 
@@ -157,8 +160,12 @@ def test_resumption_with_other_data_or_reference(tmp_path, data, world):
     shutil.copytree(world.reference, tmp_path / "out")
     edit(data / "meta.json", lambda meta: meta.update(domains=dict(reversed(meta["domains"].items()))))
     reference_refused(tmp_path, data, "--resume", mentions=["ckpt.pt", "domains"])
-    edit(data / "meta.json", lambda meta: meta.update(tokenizer_sha256="other"))
-    reference_refused(tmp_path, data, "--resume", mentions=["ckpt.pt"])
+    ids = np.arange(2000, dtype="<u2") % 64  # as many tokens, of other text
+    ids.tofile(data / "rich/train.bin")
+    sample = sample_sha256(data / "rich/train.bin", 4000)
+    edit(data / "meta.json", lambda meta: meta.update(domains=dict(reversed(meta["domains"].items()))))
+    edit(data / "meta.json", lambda meta: meta["domains"]["rich"].update(train_sha256=sample))
+    reference_refused(tmp_path, data, "--resume", mentions=["ckpt.pt", "sample_sha256"])
     shutil.copytree(world.proxy, tmp_path / "out", dirs_exist_ok=True)
     reference_refused(tmp_path, world.data, "--resume", mentions=["ckpt.pt", "proxy"])
     reference = shutil.copytree(world.reference, tmp_path / "reference")

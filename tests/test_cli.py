@@ -82,7 +82,8 @@ def test_large_requires_sampling_weights(tmp_path):
 
 
 SHAPE = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn"), 2)
-DATA = {"data_dir": "there", "tokenizer": "bytes", "tokenizer_sha256": "x", "vocab_size": 2, "train_tokens": {"a": 9}}
+DATA = {"data_dir": "there", "tokenizer": "bytes", "tokenizer_sha256": "x", "sample_sha256": "y", "vocab_size": 2,
+        "train_tokens": {"a": 9}}
 THEIRS = {"max_steps": 77, "batch_size": 6, "learning_rate": 0.5, "min_lr": 0.25, "lr_schedule": "exponential",
           "warmup_steps": 11, "weight_decay": 0.125, "beta1": 0.5, "beta2": 0.75, "grad_clip": 3.0, "data_dir": "there",
           "dtype": "float64", "device": "cpu", "compile": True, "micro_batch_size": 3, "activation_checkpointing": True,

@@ -24,7 +24,8 @@ def large_run(path, losses, weights=OTHER, domains=DOMAINS, seed=1, tokens_per_s
     config = {
         "stage": "large", "n_params": 5000, "domains": domains, "sampling_weights": dict(zip(domains, weights)),
         "model": {"block_size": 8}, "data": {
-            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "vocab_size": 300,
+            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "sample_sha256": "ef",
+            "vocab_size": 300,
             "train_tokens": {name: 100 * len(name) for name in domains}, **(data or {})},  # 500, 400, 300
         "flags": {"max_steps": 400, "batch_size": tokens_per_step // 8, "eval_windows": 0, "seed": seed,
                   "learning_rate": 1e-3, "out_dir": str(path), **(flags or {})}}

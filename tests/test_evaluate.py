@@ -14,7 +14,7 @@ from conftest import contents, edit, printed, prose, refused, run_here, write_te
 from common.run import load_finished
 from common.scores import accuracy, bits_per_byte, chance
 from common.tasks import encode_items, read_task, read_task_file
-from common.tokenizer import SPAN, from_ranks
+from common.tokenizer import SPAN, from_merges
 from model import Transformer
 from sampler import load_dataset
 
@@ -231,7 +231,7 @@ def test_what_cannot_be_evaluated(place, tmp_path):
 
 def test_a_context_longer_than_what_is_encoded_at_once():
     """Its end decides; the answer is two tokens, wherever a longer text would be cut."""
-    tokenizer = from_ranks("words", {bytes([b]): b for b in range(256)} | {b" a": 256, b" b": 257})
+    tokenizer = from_merges("words", {bytes([b]): b for b in range(256)} | {b" a": 256, b" b": 257})
     for size in (SPAN - 1, SPAN // 2 - 1, 3 * SPAN):
         task = encode_items([[(" a" * (size // 2), " b a", True)]], tokenizer, T, "long")
         assert task.windows == [([256] * (T - 1) + [257, 256], 2)] and task.across == 0
