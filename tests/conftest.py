@@ -59,6 +59,18 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     return directory
 
 
+def rehash(directory):
+    """Let meta.json describe the bins as they are now."""
+    def change(meta):
+        size = np.dtype(meta["dtype"]).itemsize
+        for name, entry in meta["domains"].items():
+            for split in ("train", "val"):
+                path = directory / folder_name(name) / f"{split}.bin"
+                entry[f"{split}_sha256"] = sample_sha256(path, size * entry[f"{split}_tokens"])
+
+    edit(directory / "meta.json", change)
+
+
 def markov_dataset(directory, domains, n_val, seed):
     """domains: (name, training tokens, n).  Each is a chain in which every id has n equally likely successors."""
     rng, streams = np.random.default_rng(seed), {}

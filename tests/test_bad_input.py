@@ -11,11 +11,11 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, edit, read_metrics, refused, run_here, write_dataset
+from conftest import TINY, edit, read_metrics, refused, rehash, run_here, write_dataset
 from forked import Job
 
 from common import ranks
-from common.files import sample_sha256, write_atomically
+from common.files import write_atomically
 from sampler import load_dataset
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
@@ -78,9 +78,8 @@ def test_domain_smaller_than_one_window(tmp_path, train, val):
 def test_token_past_the_vocabulary(tmp_path, data, split, left):
     """The first batch with such a token is refused; none is in a checkpoint (the first is of step 4, before it)."""
     path = data / "counting" / f"{split}.bin"
-    (ids := np.full_like(np.fromfile(path, dtype="<u2"), 64)).tofile(path)
-    name = f"{split}_sha256"
-    edit(data / "meta.json", lambda meta: meta["domains"]["counting"].update({name: sample_sha256(path, 2 * len(ids))}))
+    np.full_like(np.fromfile(path, dtype="<u2"), 64).tofile(path)
+    rehash(data)
     assert reference_refused(tmp_path, data, mentions=["counting", f"{split}.bin", "64"], begun=True) == left
 
 
@@ -160,11 +159,9 @@ def test_resumption_with_other_data_or_reference(tmp_path, data, world):
     shutil.copytree(world.reference, tmp_path / "out")
     edit(data / "meta.json", lambda meta: meta.update(domains=dict(reversed(meta["domains"].items()))))
     reference_refused(tmp_path, data, "--resume", mentions=["ckpt.pt", "domains"])
-    ids = np.arange(2000, dtype="<u2") % 64  # as many tokens, of other text
-    ids.tofile(data / "rich/train.bin")
-    sample = sample_sha256(data / "rich/train.bin", 4000)
     edit(data / "meta.json", lambda meta: meta.update(domains=dict(reversed(meta["domains"].items()))))
-    edit(data / "meta.json", lambda meta: meta["domains"]["rich"].update(train_sha256=sample))
+    (np.arange(2000, dtype="<u2") % 64).tofile(data / "rich/train.bin")  # as many tokens, of other text
+    rehash(data)
     reference_refused(tmp_path, data, "--resume", mentions=["ckpt.pt", "sample_sha256"])
     shutil.copytree(world.proxy, tmp_path / "out", dirs_exist_ok=True)
     reference_refused(tmp_path, world.data, "--resume", mentions=["ckpt.pt", "proxy"])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import draw, edit, write_dataset
+from conftest import draw, edit, rehash, write_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,7 @@ def test_windows_are_aligned(tmp_path, dtype, start):
     for split, n in (("train", 29), ("val", 28)):
         ids[:n].astype("<u4" if dtype == "uint32" else "<u2").tofile(directory / "a" / f"{split}.bin")
     edit(directory / "meta.json", lambda meta: meta.update(dtype=dtype))
+    rehash(directory)
     dataset = load_dataset(directory, 7)
     assert dataset.train[0].tolist() == [list(range(start + 7 * j, start + 7 * j + 8)) for j in range(4)]
     assert dataset.val[0].tolist() == dataset.train[0][:3].tolist()

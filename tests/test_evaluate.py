@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import contents, edit, printed, prose, refused, run_here, write_texts
+from conftest import contents, edit, printed, prose, refused, rehash, run_here, write_texts
 
 from common.run import load_finished
 from common.scores import accuracy, bits_per_byte, chance
@@ -99,6 +99,7 @@ def test_only_what_is_new_is_scored(place, tmp_path):
     assert evaluate_again() == bits
     ids = np.fromfile(other / "gamma/val.bin", "<u2")
     (ids + (ids < 255)).astype("<u2").tofile(other / "gamma/val.bin")
+    rehash(other)
     changed = evaluate_again()
     assert changed != bits
     checkpoint = torch.load(run / "ckpt.pt", weights_only=True)

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import draw, write_dataset
+from conftest import draw, edit, rehash, write_dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -239,9 +239,8 @@ def test_a_billion_windows_cost_nothing(tmp_path):
     directory = write_dataset(tmp_path / "huge", {"huge": ([0], [0] * 9), "small": ([0] * 400, [0] * 9)})
     with open(directory / "huge" / "train.bin", "wb") as file:
         file.truncate(2 * (4 * n + 1))  # sparse: 8 GB that take no space
-    meta = json.loads((directory / "meta.json").read_text())
-    meta["domains"]["huge"]["train_tokens"] = 4 * n + 1
-    (directory / "meta.json").write_text(json.dumps(meta))
+    edit(directory / "meta.json", lambda meta: meta["domains"]["huge"].update(train_tokens=4 * n + 1))
+    rehash(directory)
 
     def start_at(state):
         start = time.perf_counter()
