@@ -246,9 +246,9 @@ class Transformer(nn.Module):
     def compile_parts(self):
         """Compile the blocks and the loss of a chunk, each by itself: what stands between them may break a graph."""
         for block in self.blocks:
-            block.compile(dynamic=False)
-        self.loss = torch.compile(chunk_loss, dynamic=False)
-        self.gradients = torch.compile(chunk_gradients, dynamic=False)
+            block.compile(dynamic=False, fullgraph=True)
+        self.loss = torch.compile(chunk_loss, dynamic=False, fullgraph=True)
+        self.gradients = torch.compile(chunk_gradients, dynamic=False, fullgraph=True)
 
     @classmethod
     def load(cls, config, parameters, dtype):

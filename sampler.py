@@ -198,10 +198,12 @@ def sampling_weights(spec, dataset, planned_tokens):
     for name, weight in zip(dataset.domains, weights):
         if not (np.isfinite(weight) and weight >= 0):
             raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
-    if not 0 < weights.sum() < np.inf:
-        raise UserError(f"{spec}: the weights sum to {weights.sum()}; at least one domain must have a positive weight, "
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    if not 0 < total < np.inf:
+        raise UserError(f"{spec}: the weights sum to {total}; at least one domain must have a positive weight, "
                         "and the sum must be finite")
-    return weights / weights.sum()
+    return weights / total
 
 
 def weights_from_json(path, dataset):

@@ -8,6 +8,7 @@ Every variant sees the same batches from the same initial parameters. Only the l
 train_doremi.py. The departures exist here only.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -101,13 +102,16 @@ def main():
     add("--smoothing", type=cli.fraction, default=1e-3, help="of the weight update (default: %(default)s)")
     add("--seeds", default="2,3,4", help="of the exact proxies; the first also of the others (default: %(default)s)")
     add("--out", type=Path, default=Path("docs/exactness.png"), help="the figure (default: %(default)s)")
-    optimization = cli.add_optimization_flags(parser, inherited=True)
-    cli.add_machine_flags(parser, "unused")
-    config, checkpoint = load_finished(parser.parse_args().reference, ("reference",))
-    parser.set_defaults(**{name: config["flags"][name] for name in optimization})
-    if parser.parse_args().max_steps != config["flags"]["max_steps"]:
-        parser.set_defaults(warmup_steps=None)
+    add("--max_steps", type=cli.positive, help="of every proxy (default: the reference's)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
+    add("--compile", action="store_true", help="torch.compile (default: no)")
     args = parser.parse_args()
+    config, checkpoint = load_finished(args.reference, ("reference",))
+    flags = {**config["flags"], "micro_batch_size": None}  # the whole batch at once
+    if args.max_steps not in (None, flags["max_steps"]):
+        flags["warmup_steps"] = None  # derives again
+    flags |= {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**flags)
     resolve_recipe(args)
     machine, seeds = ranks.setup(args), [int(seed) for seed in args.seeds.split(",")]
     dataset = load_dataset(config["data"]["data_dir"], config["model"]["block_size"])

@@ -1,10 +1,12 @@
 """What several tests share: data sets, text, and running a script as a person would."""
+# ruff: noqa: E402
 
 import contextlib
 import gzip
 import io
 import json
 import lzma
+import os
 import random
 import runpy
 import signal
@@ -13,13 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+WITH_CARD = dict(os.environ)  # for test_cuda.py, whose scripts are processes of their own
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests run on the CPU, whatever the machine has; before torch
+
 import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-#NONE
 from common.files import sample_sha256
 from common.run import identity
 from common.tokenizer import load_tokenizer
@@ -34,6 +38,7 @@ TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_em
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long forms: every split, many kills, more seeds")
+    parser.addoption("--device", default="cuda", help="of test_cuda.py; cpu tries its code without a card")
 
 
 def pytest_runtest_setup(item):

@@ -177,6 +177,30 @@ def note(path):
         setattr(torch.Tensor, method, noted_wait(method, getattr(torch.Tensor, method)))
 
 
+def forbid_waits():
+    """Make CUDA raise an error wherever a step waits for the card, from the second log line on: until then memory is
+    found and code is compiled. Between the end of a step's record and the next batch, the loops may wait."""
+    from common import ranks
+    from common.run import Run
+
+    micro_batches, record, log, lines = ranks.Machine.micro_batches, Run.record, Run.log, [0]
+
+    def guarded_batches(*args):
+        if lines[0] >= 2:
+            torch.cuda.set_sync_debug_mode("error")
+        return micro_batches(*args)
+
+    def guarded_record(*args, **tensors):
+        record(*args, **tensors)
+        torch.cuda.set_sync_debug_mode("default")
+
+    def counted_log(*args, **values):
+        log(*args, **values)
+        lines[0] += 1
+
+    ranks.Machine.micro_batches, Run.record, Run.log = guarded_batches, guarded_record, counted_log
+
+
 def distance(a, b):
     """The largest deviation of two tensors, or of two dictionaries of tensors."""
     if isinstance(a, dict):

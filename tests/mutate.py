@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "checkpoints", "data", "shared", "wandb", "*.egg-info")
 EXACTNESS, RESUME, SHARDING = "tests/test_exactness.py", "tests/test_resume.py", "tests/test_sharding.py"
 SAMPLER, DATASET, BAD_INPUT = "tests/test_sampler.py", "tests/test_dataset.py", "tests/test_bad_input.py"
-PROXY, REFERENCE = "train_doremi.py", "train_reference.py"
 
 
 def group(file, tests, *mutations):
@@ -28,7 +27,7 @@ def group(file, tests, *mutations):
     return [(name, file, tests, list(zip(texts[::2], texts[1::2]))) for name, *texts in mutations]
 
 
-UPDATE = "alpha = alpha_history[step - 1] = update_alpha(alpha, excess, args.step_size, args.smoothing)"
+UPDATE = "alpha = update_alpha(alpha, excess, args.step_size, args.smoothing)"
 EXCESS = "clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)"
 LAMBDA = "excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)"
 SUMS = "sums += domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess)"
@@ -37,142 +36,98 @@ RATE = "lr = set_learning_rate(optimizer, step, args)"
 BACKWARD = "(token_weight[domain] * token_loss.sum(dim=1)).sum().backward()"
 
 MUTATIONS = [
-    *group(PROXY, EXACTNESS,
+    *group("train_doremi.py", EXACTNESS,
     ("alpha is never updated", UPDATE, UPDATE.removeprefix("alpha = ")),
-    ("alpha starts again from uniform at every step", UPDATE,
-     UPDATE.replace("(alpha,", "(torch.full_like(alpha, 1 / K),")),
     ("the loss is weighted with the last step's alpha", "token_weight = (alpha /",
      "token_weight = ((alpha_history[step - 2] if step > 1 else torch.full_like(alpha, 1 / K)) /"),
     ("the loss is weighted with alpha per token, not per domain", "token_weight = (alpha / count.clamp(min=1))",
      "token_weight = (alpha * K / count.sum())"),
-    ("clipped at the domain", EXCESS, EXCESS.removesuffix(".clamp(min=0)"), LAMBDA,
-     LAMBDA.replace("excess_sum /", "excess_sum.clamp(min=0) /")),
-    ("clipped at the sequence", EXCESS,
-     "clipped_excess = (token_loss.detach() - reference_loss).mean(1, keepdim=True).clamp(min=0)"
-     ".expand_as(token_loss)"),
     ("not clipped", EXCESS, EXCESS.removesuffix(".clamp(min=0)")),
     ("the gradient is of the clipped excess", BACKWARD,
      BACKWARD.replace("token_loss", "(token_loss - reference_forward(tokens)).clamp(min=0)")),
-    ("no smoothing", "return (1 - smoothing) * log_alpha.exp() + smoothing / len(alpha)", "return log_alpha.exp()"),
     ("smoothed by c instead of c / K", "+ smoothing / len(alpha)", "+ smoothing"),
-    ("alpha_0 is in the history, alpha_T is not", UPDATE,
-     "alpha_history[step - 1] = alpha\n        " + UPDATE.replace("alpha_history[step - 1] = ", "")),
-    ("every rank has its own lambda", REDUCE, "own = sums[1] / sums[2].clamp(min=1)\n        " + REDUCE, LAMBDA,
-     LAMBDA.replace("excess_sum / count.clamp(min=1)", "own")),
+    ("alpha_0 is in the history, alpha_T is not", UPDATE, "before = alpha; " + UPDATE,
+     "alpha_history[step - 1] = alpha", "alpha_history[step - 1] = before"),
     ("lambda is a mean of the micro-batches' means", SUMS,
-     "part = domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess)\n            "
-     "part[1] = part[1] / part[2].clamp(min=1) * part[2].max()\n            sums += part"),
+     "part = domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess); "
+     "part[1] = part[1] / part[2].clamp(min=1) * part[2].max(); sums += part"),
     ("an absent domain's lambda is 0", LAMBDA, LAMBDA.replace(", excess)", ", 0.0)")),
-    ("an absent domain's lambda is log V", LAMBDA,
-     LAMBDA.replace(", excess)", ", float(torch.tensor(float(dataset.vocab_size)).log()))")),
-    ("the reference is trained along", "        optimizer.zero_grad()\n",
-     "        optimizer.zero_grad()\n        for r, p in zip(reference.parameters(), model.parameters()):\n"
-     "            r.lerp_(getattr(p, 'full_tensor', p.detach)().detach(), 0.01)\n"),
-    ("batches are drawn with alpha", UPDATE, UPDATE + "\n        sampler.weights = alpha.cpu().numpy()"),
-    ("the schedule is a step behind", RATE, RATE.replace("step,", "step - 1,")),
-    ("the proxy starts at the reference's parameters", "ranks.load_parameters(model, model.initial_parameters())",
-     'ranks.load_parameters(model, checkpoint["model"].items())')),
-    *group(REFERENCE, SHARDING,
+    ("batches are drawn with alpha", UPDATE, UPDATE + "; sampler.weights = alpha.cpu().numpy()")),
+    *group("train_doremi.py", RESUME,
+    ("alpha is not restored", "alpha = alpha_history[run.start - 1].clone()", "pass"),
+    ("excess is not restored", 'excess = run.checkpoint["excess"].to(alpha)', "pass"),
+    ("the weight history is not restored", 'alpha_history[: run.start] = run.checkpoint["alpha_history"]',
+     'alpha_history[run.start - 1] = run.checkpoint["alpha_history"][-1]'),
+    ("the sampler is not restored", 'sampler.load_state_dict(run.checkpoint["sampler"])', "pass"),
+    ("the parameters are not restored", "ranks.load(model, optimizer, run.checkpoint, machine)",
+     "ranks.load(Transformer(model_config, machine.dtype), optimizer, run.checkpoint, machine)"),
+    ("the schedule is off by one on resumption", RATE, RATE.replace("step,", "step - bool(run.checkpoint),")),
+    ("a signal writes no checkpoint", "if run.is_due(step, args.save_interval) or stop:",
+     "if run.is_due(step, args.save_interval):")),
+    *group("train_reference.py", SHARDING,
     ("the loss of a micro-batch is its mean", "(token_loss.sum() / tokens_per_step).backward()",
      "token_loss.mean().backward()")),
-    *group("common/run.py", EXACTNESS,
-    ("the gradient is not clipped", "grad_clip or math.inf", "math.inf"),
+    *group("train_reference.py", EXACTNESS,
     ("norms' weights decay", '"weight_decay": 0.0}', '"weight_decay": args.weight_decay}')),
-    *group("model.py", EXACTNESS,
-    ("every query head reads the first key head", "q, k, v = (t.transpose(1, 2) for t in (q, k, v))",
-     "q, k, v = (t.transpose(1, 2) for t in (q, k[:, :, :1].expand_as(k), v))")),
-    *group("common/ranks.py", SHARDING,
-    ("gradients are averaged over ranks", "module.set_gradient_divide_factor(1.0)", "pass"),
-    ("gradients do not cross between nodes", "model.set_requires_all_reduce(i == len(micro_batches))",
-     "model.set_requires_all_reduce(False)"),
-    ("the rotary table is rounded", "cast_forward_inputs=False", "cast_forward_inputs=True"),
-    ("the root is gathered in the compute dtype", "None if module is model or machine.dtype == exact",
-     "None if machine.dtype == exact"),
-    ("every rank holds all parameters", "    if machine.world_size > 1:\n        nodes",
-     "    if False:\n        nodes"),
-    ("every step reads the gradient's norm", "self.pending.append((step, tensors))",
-     "self.pending.append((step, tensors))\n        self.check_finite()"),
-    ("ranks resume from different steps", "if high != -low:", "if False:")),
-    *group("common/ranks.py", f"{EXACTNESS} {SHARDING}",
-    ("gradients are summed in the compute dtype",
-     "exact = torch.float64 if machine.dtype == torch.float64 else torch.float32", "exact = torch.float32")),
     *group("sampler.py", f"{SAMPLER} {EXACTNESS}",
     ("all ranks take the same sequences", "domain[self.rank :: self.world_size], window[self.rank :: self.world_size]",
      "domain[:: self.world_size], window[:: self.world_size]")),
     *group("sampler.py", SAMPLER,
-    ("every epoch has the same order", 'f"{seed}/{epoch}/{domain}"', 'f"{seed}/{domain}"'),
-    ("every step has the same counts and slots", 'np.random.default_rng([self.seed, state["step"]])',
-     "np.random.default_rng([self.seed])"),
+    ("every epoch has the same order", "keys = round_keys(self.seed, self.dataset.domains[i], epoch)",
+     "keys = round_keys(self.seed, self.dataset.domains[i], 0)"),
     ("counts are independent draws", "counts = systematic_counts(self.weights, self.batch_size, generator.random())",
      "counts = generator.multinomial(self.batch_size, self.weights)")),
     *group("sampler.py", DATASET,
-    ("the first windows are evaluated", "index += [(i, j * len(windows) // n) for j in range(n)]",
-     "index += [(i, j) for j in range(n)]"),
-    ("weights are matched by position", "np.array([float(weights[name]) for name in domains])",
-     "np.array([float(weight) for weight in weights.values()])"),
     ("ranks evaluate the same windows", "index[start + rank : start + batch_size * world_size : world_size]",
-     "index[start : start + batch_size * world_size : world_size]"),
-    ("ranks evaluate different numbers of batches", "        rows = np.stack([",
-     "        if not part:\n            return\n        rows = np.stack([")),
-    *group("common/run.py", f"{SHARDING} {RESUME}",
-    ("every step asks whether to stop", "if not self.is_due(step, self.args.log_interval):", "if False:")),
-    *group(PROXY, RESUME,
-    ("alpha is not restored", "alpha = alpha_history[step - 1].clone()", "pass"),
-    ("excess is not restored", 'excess, alpha_history[:step] = run.checkpoint["excess"].to(alpha), ',
-     "alpha_history[:step] = "),
-    ("the weight history is not restored", 'run.checkpoint["alpha_history"]\n',
-     'run.checkpoint["alpha_history"][-1:]\n'),
-    ("the history of the last checkpoint is not written again",
-     "        save_weight_history(run, alpha_history[:step])  # a kill", "        pass  # a kill"),
-    ("the schedule is off by one on resumption", RATE, RATE.replace("step,", "step - bool(run.checkpoint),")),
-    ("a signal writes no checkpoint", "if run.is_due(step, args.save_interval) or stop:",
-     "if run.is_due(step, args.save_interval):")),
-    *group("common/run.py", RESUME,
-    ("the optimizer is not restored", 'optimizer.load_state_dict(self.checkpoint["optimizer"])', "pass"),
-    ("the sampler is not restored", 'sampler.load_state_dict(self.checkpoint["sampler"])', "pass"),
-    ("the parameters are not restored", 'load_parameters(model, self.checkpoint["model"].items())', "pass"),
-    ("metrics behind the checkpoint are kept", ' and json.loads(line)["step"] <= step:', ' and json.loads(line):'),
-    ("metrics of the checkpoint's step are dropped", '["step"] <= step:', '["step"] < step:'),
-    ("files are written in place", 'temporary = path.with_name(f".{path.name}.tmp")', "temporary = path"),
-    ("a stopped run exits 0", "sys.exit(128 + self.signal)", "pass")),
+     "index[start : start + batch_size * world_size : world_size]")),
     *group("sampler.py", f"{RESUME} {SAMPLER}",
-    ("a window is skipped on resumption",
-     'self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None',
-     'self.state, self.ahead = {"step": state["step"], "drawn": [d + 1 for d in state["drawn"]]}, None'),
     ("the state saved is that of the batch ahead",
      'return {"step": self.state["step"], "drawn": list(self.state["drawn"])}',
      "return dict(self.ahead.result().state if self.ahead else self.state)")),
+    *group("common/ranks.py", SHARDING,
+    ("gradients are averaged over ranks", "module.set_gradient_divide_factor(1.0)", "pass"),
+    ("gradients do not cross between nodes", "model.set_requires_all_reduce(last)",
+     "model.set_requires_all_reduce(False)"),
+    ("the rotary table is rounded", "cast_forward_inputs=False", "cast_forward_inputs=True"),
+    ("the root is gathered in the compute dtype", "None if module is model or machine.dtype == exact",
+     "None if machine.dtype == exact"),
+    ("groups of nodes wait ten minutes", "across, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), "
+     "timeout=machine.timeout)", "across, _ = dist.new_subgroups_by_enumeration(grid.T.tolist())")),
+    *group("common/ranks.py", f"{EXACTNESS} {SHARDING}",
+    ("the gradient is not clipped", "grad_clip or math.inf", "math.inf"),
+    ("gradients are summed in the compute dtype",
+     "exact = torch.float64 if machine.dtype == torch.float64 else torch.float32", "exact = torch.float32")),
+    *group("common/run.py", f"{SHARDING} {RESUME}",
+    ("every step reads the gradient's norm", "self.pending.append((step, tensors))",
+     "self.pending.append((step, tensors)); self.check_finite()"),
+    ("ranks may differ", "identities = machine.gather_objects(self.identity)", "identities = [self.identity]")),
+    *group("common/run.py", RESUME,
+    ("metrics behind the checkpoint are kept", 'if line["step"] <= step]', "]"),
+    ("a stopped run exits 0", "sys.exit(128 + self.signal)", "pass")),
     *group("common/run.py", BAD_INPUT,
     ("only the last step has to be finite", "self.pending.append((step, tensors))",
      "self.pending = [(step, tensors)]"),
-    ("a run is resumed under other flags", "if before != value:", "if False:"),
-    ("an unfinished reference is accepted", 'if checkpoint is None or checkpoint["step"] < planned:',
-     "if checkpoint is None:")),
+    ("a run is resumed under other flags", "        if before != now:", "        if False:")),
 ]
 
 
-def run_tests(folder, tests):
-    """The first test that fails in a copy of the project, or None."""
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(folder.parent)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    try:
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-    except subprocess.TimeoutExpired:
-        return "a test that never ended"
-    failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if result.returncode > 1 or (result.returncode and not failed):
-        raise RuntimeError(f"pytest broke, rather than a test: {result.stdout[-2000:]}{result.stderr[-2000:]}")
-    return failed[0] if failed else None
-
-
 def judge(mutant):
-    """What killed a mutant, or None."""
+    """Run the mutant's tests in a copy of the project.  Return the first that fails, or None."""
     _, file, tests, _ = mutant
     with tempfile.TemporaryDirectory(prefix="mutant") as directory:
         folder = shutil.copytree(ROOT, Path(directory) / "copy", ignore=LEFT_OUT)
         if file:
             (folder / file).write_text(edited(mutant))
-        return run_tests(folder, tests.split())
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": directory}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+        try:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+        except subprocess.TimeoutExpired:
+            return "a test that never ended"
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode > 1 or (done.returncode and not failed):
+        raise RuntimeError(f"pytest broke, rather than a test: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return failed[0] if failed else None
 
 
 def edited(mutant):

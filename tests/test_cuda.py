@@ -1,0 +1,133 @@
+"""On a GPU: the losses of a CPU, the oracle's alpha, checkpoints that need no card, resumption, and nothing that waits.
+
+Skipped without a card. `pytest tests/test_cuda.py --device=cpu` runs the same code on a CPU, but for the last test.
+Every script is a process of its own that sees the card, which conftest.py hides from all other tests.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, WITH_CARD, markov_dataset, read_alpha, read_metrics
+from forked import distance
+from test_exactness import FLAGS, SHAPE, run_oracle, run_proxy
+
+from common.run import load_finished
+from model import Transformer
+from sampler import evaluation_batches, load_dataset
+
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def device(request):
+    name = request.config.getoption("--device")
+    look = "import torch; print(torch.cuda.is_available())"
+    if name == "cuda" and not (torch.version.cuda and python(look) == "True"):
+        pytest.skip("no GPU here")
+    return name
+
+
+@pytest.fixture(scope="module")
+def launch(device, tmp_path_factory):
+    """A function that runs a script on the device, to an expected exit status, as forked.run_forked does on a CPU."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def run(script, *flags, status=0, kill=None, record=None, before="pass", ranks=1, nodes=1):
+        log = logs / f"{next(NUMBERS)}.txt"
+        log.touch()
+        flags = [*map(str, flags), f"--device={device}"]
+        python(f"import forked; {before}; forked.work({script!r}, {flags!r}, 0, 1, 1, 1, {str(log)!r}, {kill!r}, "
+               f"{str(record) if record else None!r})", status, log)
+
+    return run
+
+
+def python(code, status=0, log=None):
+    """Run code in a process that sees the card; return what it prints."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    done = subprocess.run([sys.executable, "-c", code], env={**WITH_CARD, "PYTHONPATH": path}, cwd=ROOT, text=True,
+                          capture_output=True, timeout=300)
+    assert done.returncode == status, (log.read_text() if log else "") + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, launch):
+    """A function from dtype to a directory with data and a reference that was trained on the device."""
+    made = {}
+
+    def make(dtype):
+        if dtype not in made:
+            directory = made[dtype] = tmp_path_factory.mktemp(dtype)
+            domains = [(f"domain{i}", 1500, n) for i, n in enumerate([1, 2, 8, 3])]
+            data = markov_dataset(directory / "data", domains, 100, 5)
+            launch("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
+                   *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
+                   "--sampling_weights=uniform")
+        return made[dtype]
+
+    return make
+
+
+@pytest.mark.parametrize("dtype, bound", [("float64", 1e-12), ("float32", 2e-6)])
+@pytest.mark.parametrize("micro_batch_size", [24, 6])
+def test_run_is_the_oracles(world, launch, dtype, bound, micro_batch_size):
+    """Twenty steps of a proxy against the oracle, which runs in float64 on the CPU: the bounds of two CPU ranks."""
+    directory = world(dtype)
+    found = run_proxy(directory, "skewed", 1, micro_batch_size, launch=launch)
+    expected = run_oracle(directory, "skewed", dtype)
+    deviation = {name: distance(found[name], expected[name]) for name in ("alpha", "alpha_bar", "excess", "loss")}
+    print(f"\n{dtype}, {micro_batch_size} at a time: {deviation}")
+    assert max(deviation["alpha"], deviation["alpha_bar"], 0.1 * deviation["excess"]) < bound
+    assert np.abs(found["alpha"][-1] - found["alpha"][0]).max() > 0.02
+
+
+def test_checkpoint_needs_no_card(world):
+    """Its tensors, moments included, are on the CPU. Losses that the device logged in float32 are those that its
+    parameters have on the CPU in float64."""
+    directory = world("float32")
+    config, checkpoint = load_finished(directory / "reference", ("reference",))
+    plain = torch.load(directory / "reference/ckpt.pt", weights_only=True)
+    moments = [value for state in plain["optimizer"]["state"].values() for value in state.values()]
+    assert len(moments) == 3 * len(plain["model"]) > 0
+    assert {str(value.device) for value in [*plain["model"].values(), *moments]} == {"cpu"}
+    dataset = load_dataset(directory / "data", SHAPE["block_size"])
+    double = {name: value.double() for name, value in checkpoint["model"].items()}
+    model, total = Transformer.load(config, double, torch.float64), np.zeros((2, 4))
+    for tokens, domain in evaluation_batches(dataset, 2, 4):
+        for loss, i in zip(model(tokens.long()).mean(1).tolist(), domain.tolist()):
+            if i < 4:
+                total[:, i] += loss, 1
+    (logged,) = [line["val_loss"] for line in read_metrics(directory / "reference") if line.get("val_loss")][-1:]
+    assert list(logged.values()) == pytest.approx((total[0] / total[1]).tolist(), abs=2e-6)
+
+
+@pytest.mark.parametrize("kill", [("step", 15), ("bytes", 2), ("renamed", 5)])
+def test_killed_and_resumed(world, launch, tmp_path, kill):
+    """To rounding: some of a card's sums depend on the order in which its threads come."""
+    flags = [f"--reference={world('float64')}/reference", "--max_steps=20", "--save_interval=5", *FLAGS]
+    launch("train_doremi.py", *flags, f"--out_dir={tmp_path}/whole")
+    launch("train_doremi.py", *flags, f"--out_dir={tmp_path}/killed", kill=kill, status=-9)
+    launch("train_doremi.py", *flags, f"--out_dir={tmp_path}/killed", "--resume")
+    whole, killed = read_alpha(tmp_path / "whole"), read_alpha(tmp_path / "killed")
+    print(f"\n{kill}: {distance(whole, killed)}, to the bit: {np.array_equal(whole, killed)}")
+    assert distance(whole, killed) < 1e-12
+
+
+@pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
+@pytest.mark.parametrize("micro_batch_size", [24, 6])
+def test_nothing_waits_between_log_lines(world, launch, device, tmp_path, compiled, micro_batch_size):
+    """Of either script: CUDA itself raises where it would."""
+    if device == "cpu":
+        pytest.skip("a CPU is never waited for")
+    flags = [*FLAGS, compiled, f"--micro_batch_size={micro_batch_size}", "--log_interval=4", "--max_steps=24",
+             "--eval_interval=8", "--save_interval=8", "--dtype=bfloat16"]
+    launch("train_reference.py", *flags, *(f"--{name}={value}" for name, value in SHAPE.items()),
+           f"--data_dir={world('float32')}/data", f"--out_dir={tmp_path}/run", before="forked.forbid_waits()")
+    launch("train_doremi.py", *flags, f"--reference={world('float32')}/reference", f"--out_dir={tmp_path}/proxy",
+           before="forked.forbid_waits()")
