@@ -1,9 +1,9 @@
-"""Does an answer serve another reference?  Move the answers of theory.sh's runs and compare with what was measured there.
+"""Does an answer serve another reference?  Move the answers of theory.sh's runs; compare with what was measured there.
 
     python -m experiments.moved     from experiments/results alone
 
-The new references are in moved-twelve.jsonl, measured by theory.py: theory.sh with the reference "half", and theory.sh on
-data sets that prepare.py made of all domains but one, with the tokenizer of the whole.
+The new references are in moved-twelve.jsonl, measured by theory.py: theory.sh with the reference "half", and on the
+data without one domain, which prepare.py made with the tokenizer of the whole.
 """
 
 import itertools
@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+
+from average_weights import total_variation
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 6400
@@ -25,11 +27,6 @@ def move(answer, old, onto):
     return weights / weights.sum()
 
 
-def total_variation(p, q):
-    """Half the sum of |p - q|: the share of the text that is exchanged.  p, q: (..., K)."""
-    return np.abs(p - q).sum(axis=-1) / 2
-
-
 def shuffled_distances(tilt, onto, measured, n=2000):
     """The control without information: distances of onto * tilt to what was measured, the tilts dealt out at random."""
     generator, found = np.random.default_rng(0), []
@@ -40,9 +37,9 @@ def shuffled_distances(tilt, onto, measured, n=2000):
 
 
 def compare_moved(old, new):
-    """Columns of a row: distances to the mean answer on the new reference.
+    """Columns of a row: distances to the mean answer on the new reference, whose domains are all among the old one's.
 
-    old, new: {"domains", "r": (K,), "answers": (seeds, K)}.  The new reference may lack domains of the old, not have more.
+    old, new: {"domains", "r": (K,), "answers": (seeds, K)}.
     """
     keep = [list(old["domains"]).index(name) for name in new["domains"]]
     onto, measured = new["r"], new["answers"].mean(axis=0)
@@ -53,11 +50,16 @@ def compare_moved(old, new):
     shuffled = shuffled_distances(answer / r, onto, measured)
     each = [total_variation(move(one, r, onto), measured) for one in answers]
     pairs = [total_variation(p, q) for p, q in itertools.combinations(new["answers"], 2)]
-    return {"moved answer": f"{distance:.3f}", "one run's, moved": f"{min(each):.3f} to {max(each):.3f}",
-            "new reference itself": f"{total_variation(onto, measured):.3f}",
-            "old answer itself": f"{total_variation(answer / answer.sum(), measured):.3f}",
-            "two seeds of one run": f"{np.mean(pairs):.3f}", "moved, tilt shuffled": f"{shuffled.mean():.3f}",
-            "shuffles as near": f"{(shuffled <= distance).mean():.2%}"}
+    return {
+        "moved answer": distance,
+        "a single run's, moved: nearest": min(each),
+        "furthest": max(each),
+        "new reference itself": total_variation(onto, measured),
+        "old answer itself": total_variation(answer / answer.sum(), measured),
+        "two seeds of one run": np.mean(pairs),
+        "moved, tilt shuffled": shuffled.mean(),
+        "share of shuffles as near": np.mean(shuffled <= distance),
+    }
 
 
 # ---- reading and reporting
@@ -84,9 +86,9 @@ def report():
         for (old, _), (new, _) in itertools.permutations(groups, 2):
             rows.append((f"{corpus}, {old} -> {new}", groups[old, _], groups[new, _]))
     first = read_answers(RESULTS / "theory-twelve.jsonl")
-    for (name, k), new in read_answers(RESULTS / "moved-twelve.jsonl").items():
+    for (name, _), new in read_answers(RESULTS / "moved-twelve.jsonl").items():
         dropped = sorted(set(first["uniform", 12]["domains"]) - set(new["domains"]))
-        label = f"{name} without {dropped[0]}" if dropped else f"{name}"
+        label = f"{name} without {dropped[0]}" if dropped else name
         for (old, _), group in first.items():
             rows.append((f"twelve, {old} -> {label} (new)", group, new))
     for i, (label, old, new) in enumerate(rows):
@@ -94,7 +96,7 @@ def report():
         if i == 0:
             print(f"| corpus, from -> onto | seeds | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}")
         seeds = f"{len(old['answers'])}, {len(new['answers'])}"
-        print(f"| {label} | {seeds} | {' | '.join(columns.values())} |")
+        print(f"| {label} | {seeds} | {' | '.join(f'{x:.3f}' for x in columns.values())} |")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""How the tilt moves with size: three sizes at 60 tokens per parameter, and the gain from size as a predictor of the tilt.
+"""How the tilt moves with size: three sizes at 60 tokens per parameter; the gain from size as a predictor of the tilt.
 
     python -m experiments.sizes     from experiments/results alone
 
 The runs are those of sizes.sh; theory.py measures them.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from average_weights import total_variation
 from experiments.theory import explained, own_slope, predict, read, shuffled_correlation
 
 RESULTS = Path(__file__).parent / "results"
@@ -19,32 +19,52 @@ def correlation(x, y):
     return np.corrcoef(x, y)[0, 1]
 
 
+def print_table(header, rows):
+    print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
 def without(values, i):
     return np.delete(values, i)
 
 
+def scores(foretold, tilt):
+    """R2 with nothing fitted and correlation: of all domains, then without the domain of the largest tilt."""
+    largest = np.abs(tilt).argmax()
+    texts = []
+    for x, y in ((foretold, tilt), (without(foretold, largest), without(tilt, largest))):
+        texts.append(f"{explained(x, y):.2f}, {correlation(x, y):.2f}")
+    return "; ".join(texts)
+
+
 def size_row(lines):
-    """What the runs of one size say.  lines: of theory.py's measure; natural weights with proxies, "up" and "down"."""
+    """Columns of a size, and its tilt (K,).  lines: theory.py's, natural weights with proxies, up and down."""
     natural = [line for line in lines if line["reference"] == "natural"]
     r = natural[0]["r"]
     disagreement = 2 * np.mean([line["null_excess"] for line in natural], axis=0)
     b = own_slope(np.array([line["loss_reference"] for line in lines]), np.array([line["r"] for line in lines]))
-    tilt = np.log(np.mean([line["last_half"] for line in natural], axis=0) / r)
-    foretold = np.log(predict(r, disagreement, b) / r)
-    shuffled = shuffled_correlation(r[None], disagreement[None], b, tilt[None])
-    largest = np.abs(tilt).argmax()
-    small = without(foretold, largest), without(tilt, largest)
+    last_half = np.mean([line["last_half"] for line in natural], axis=0)
+    tilt = np.log(last_half / r)
     columns = {
         "loss": f"{np.mean([line['loss_reference'] for line in natural]):.3f}",
-        "D": f"{disagreement.mean():.3f}", "D, standard deviation": f"{disagreement.std():.3f}",
-        "b": f"{np.median(b):.3f}",
-        "tilt, standard deviation": f"{tilt.std():.3f}", "without the largest": f"{small[1].std():.3f}",
-        "formula: R2, correlation, standard deviation":
-            f"{explained(foretold, tilt):.2f}, {correlation(foretold, tilt):.2f}, {foretold.std():.3f}",
-        "without the largest: R2, correlation": f"{explained(*small):.2f}, {correlation(*small):.2f}",
-        "D shuffled: correlation": f"{shuffled.mean():.2f} ± {shuffled.std():.2f}",
-        "last half to r": f"{np.abs(np.exp(tilt) * r - r).sum() / 2:.3f}",
+        "D: mean": f"{disagreement.mean():.3f}",
+        "D: spread": f"{disagreement.std():.3f}",
+        "b: median": f"{np.median(b):.3f}",
+        "tilt: spread": f"{tilt.std():.3f}",
+        "without the largest": f"{without(tilt, np.abs(tilt).argmax()).std():.3f}",
+        "last half to r": f"{total_variation(last_half, r):.3f}",
+        "D and tilt: correlation": f"{correlation(disagreement, tilt):.2f}",
     }
+    for name, slopes in (("own b", b), ("common b", np.full_like(b, np.median(b)))):
+        columns[f"formula, {name}: R2, correlation; without the largest"] = "b not above 0"
+        columns[f"{name}: foretold spread"] = columns[f"{name}, D shuffled: correlation"] = ""
+        if slopes.min() > 0:
+            foretold = np.log(predict(r, disagreement, slopes) / r)
+            shuffled = shuffled_correlation(r[None], disagreement[None], slopes, tilt[None])
+            columns[f"formula, {name}: R2, correlation; without the largest"] = scores(foretold, tilt)
+            columns[f"{name}: foretold spread"] = f"{foretold.std():.3f}"
+            columns[f"{name}, D shuffled: correlation"] = f"{shuffled.mean():.2f} ± {shuffled.std():.2f}"
     return columns, tilt
 
 
@@ -52,36 +72,35 @@ def report_sizes():
     groups = {}
     for line in read(RESULTS / "sizes-twelve.jsonl"):
         groups.setdefault((line["n_params"], line["steps"]), []).append(line)
-    for line in read(RESULTS / "theory-twelve.jsonl"):
+    for line in read(RESULTS / "theory-twelve.jsonl"):  # the smallest size with as many steps as the larger ones
         if line["reference"] in ("natural", "up", "down") and line["steps"] >= 6400:
             groups.setdefault((41120, line["steps"]), []).append(line)
-    tilts = {}
-    for (size, steps), lines in sorted(groups.items()):
-        columns, tilt = size_row(lines)
-        if not tilts:
-            print(f"| parameters | steps | tokens per parameter | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 3)}")
-        print(f"| {size:,} | {steps:,} | {steps * 24 * 64 / size:.0f} | {' | '.join(columns.values())} |")
-        tilts[size, steps] = tilt
-    print("\nCorrelations of the tilts:")
-    keys = list(tilts)
-    for i, one in enumerate(keys):
-        for other in keys[i + 1 :]:
-            largest = np.abs(tilts[one]).argmax()
-            small = correlation(without(tilts[one], largest), without(tilts[other], largest))
-            print(f"{one} and {other}: {correlation(tilts[one], tilts[other]):.2f}, without the largest {small:.2f}")
-    domains = read(RESULTS / "theory-twelve.jsonl")[0]["domains"]
-    print(f"\n| domain | {' | '.join(f'{size:,}, {steps:,} steps' for size, steps in tilts)} |\n|{' --- |' * (len(tilts) + 1)}")
-    for i, name in enumerate(domains):
-        print(f"| {name} | {' | '.join(f'{tilt[i]:+.2f}' for tilt in tilts.values())} |")
+    groups = dict(sorted(groups.items()))
+    columns, tilts = {}, {}
+    for (size, steps), lines in groups.items():
+        label = f"{size:,}, {steps:,} steps"
+        columns[label], tilts[label] = size_row(lines)
+        columns[label] = {"tokens per parameter": f"{steps * 24 * 64 / size:.0f}"} | columns[label]
+    print_table(["", *columns], [[row, *[column[row] for column in columns.values()]] for row in columns[label]])
+    print_table(["tilt", *tilts], [[name, *[f"{tilt[i]:+.2f}" for tilt in tilts.values()]]
+                                   for i, name in enumerate(line["domains"])])
+    rows = []
+    for one, tilt in tilts.items():
+        rows.append([one])
+        largest = np.abs(tilt).argmax()
+        for other in tilts.values():
+            small = correlation(without(tilt, largest), without(other, largest))
+            rows[-1].append(f"{correlation(tilt, other):.2f} ({small:.2f})")
+    print_table(["correlation of tilts (without the largest)", *tilts], rows)
 
 
 def report_gain(corpus):
-    """Correlations with the tilt: of the gain from size, of the loss and of D, each at one reference on natural weights."""
-    runs = [line for line in read(RESULTS / f"theory-{corpus}.jsonl") if line["reference"] == "natural" and "answer" in line]
-    large = [json.loads(text) for text in (RESULTS / f"profit-{corpus}.jsonl").read_text().splitlines()]
-    large_loss = np.mean([line["loss"] for line in large if line["mixture"] == "natural"], axis=0)
+    """What correlates with the tilt of natural weights at 6,400 steps: the gain from size, the loss, or D."""
+    runs = [line for line in read(RESULTS / f"theory-{corpus}.jsonl") if line["reference"] == "natural"]
     at = {steps: [line for line in runs if line["steps"] == steps] for steps in (1600, 6400)}
     loss = {steps: np.mean([line["loss_reference"] for line in lines], axis=0) for steps, lines in at.items()}
+    large = [line for line in read(RESULTS / f"profit-{corpus}.jsonl") if line["mixture"] == "natural"]
+    large_loss = np.mean([line["loss"] for line in large], axis=0)
     tilt = np.log(np.mean([line["last_half"] for line in at[6400]], axis=0) / at[6400][0]["r"])
     predictors = {
         "gain from size (small: 1,600 steps)": loss[1600] - large_loss,
@@ -89,19 +108,19 @@ def report_gain(corpus):
         "loss": loss[6400],
         "D": 2 * np.mean([line["null_excess"] for line in at[6400]], axis=0),
     }
-    largest = np.abs(tilt).argmax()
-    generator = np.random.default_rng(0)
-    print(f"\n| {corpus}: correlation with the tilt | all domains | without {runs[0]['domains'][largest]} | shuffles as high |"
-          "\n| --- | --- | --- | --- |")
+    domains = runs[0]["domains"]
+    largest, generator, rows = np.abs(tilt).argmax(), np.random.default_rng(0), []
     for name, values in predictors.items():
         found = correlation(values, tilt)
-        shuffles = np.array([correlation(generator.permutation(values), tilt) for _ in range(2000)])
         small = correlation(without(values, largest), without(tilt, largest))
-        print(f"| {name} | {found:.2f} | {small:.2f} | {(shuffles >= found).mean():.1%} |")
-    print(f"\n| domain | tilt | {' | '.join(predictors)} |\n|{' --- |' * (len(predictors) + 2)}")
+        shuffles = np.array([correlation(generator.permutation(values), tilt) for _ in range(2000)])
+        rows.append([name, f"{found:.3f}", f"{small:.3f}", f"{(shuffles >= found).mean():.1%}"])
+    print_table([f"{corpus}: correlation with the tilt", "all domains", f"without {domains[largest]}",
+                 "of 2,000 shuffles as high"], rows)
+    rows = []
     for i in np.argsort(tilt):
-        values = " | ".join(f"{column[i]:.2f}" for column in predictors.values())
-        print(f"| {runs[0]['domains'][i]} | {tilt[i]:+.2f} | {values} |")
+        rows.append([domains[i], f"{tilt[i]:+.2f}", *[f"{values[i]:.2f}" for values in predictors.values()]])
+    print_table(["domain", "tilt", *predictors], rows)
 
 
 if __name__ == "__main__":
