@@ -38,14 +38,18 @@ def scores(foretold, tilt):
     return "; ".join(texts)
 
 
-def size_row(lines):
-    """Columns of a size, and its tilt (K,).  lines: theory.py's, natural weights with proxies, up and down."""
+def size_row(lines, key):
+    """Columns of a size, and its tilt (K,).  lines: theory.py's, natural weights with proxies, up and down.
+
+    key: what the tilt is taken from, "last_half" (the mean over its steps) or "last_half_median".
+    """
     natural = [line for line in lines if line["reference"] == "natural"]
     r = natural[0]["r"]
     disagreement = 2 * np.mean([line["null_excess"] for line in natural], axis=0)
     b = own_slope(np.array([line["loss_reference"] for line in lines]), np.array([line["r"] for line in lines]))
-    last_half = np.mean([line["last_half"] for line in natural], axis=0)
+    last_half = np.mean([line[key] / line[key].sum() for line in natural], axis=0)  # a median does not sum to 1
     tilt = np.log(last_half / r)
+    seeds = [np.log(line[key] / r) for line in natural]
     columns = {
         "loss": f"{np.mean([line['loss_reference'] for line in natural]):.3f}",
         "D: mean": f"{disagreement.mean():.3f}",
@@ -53,6 +57,7 @@ def size_row(lines):
         "b: median": f"{np.median(b):.3f}",
         "tilt: spread": f"{tilt.std():.3f}",
         "without the largest": f"{without(tilt, np.abs(tilt).argmax()).std():.3f}",
+        "two seeds: correlation": f"{correlation(*seeds[:2]):.2f}",
         "last half to r": f"{total_variation(last_half, r):.3f}",
         "D and tilt: correlation": f"{correlation(disagreement, tilt):.2f}",
     }
@@ -68,18 +73,19 @@ def size_row(lines):
     return columns, tilt
 
 
-def report_sizes():
+def report_sizes(key):
+    print(f"\nThe tilt from {key}")
     groups = {}
     for line in read(RESULTS / "sizes-twelve.jsonl"):
         groups.setdefault((line["n_params"], line["steps"]), []).append(line)
     for line in read(RESULTS / "theory-twelve.jsonl"):  # the smallest size with as many steps as the larger ones
-        if line["reference"] in ("natural", "up", "down") and line["steps"] >= 6400:
+        if line["reference"] in ("natural", "up", "down") and line["steps"] >= 6400 and key == "last_half":
             groups.setdefault((41120, line["steps"]), []).append(line)
     groups = dict(sorted(groups.items()))
     columns, tilts = {}, {}
     for (size, steps), lines in groups.items():
         label = f"{size:,}, {steps:,} steps"
-        columns[label], tilts[label] = size_row(lines)
+        columns[label], tilts[label] = size_row(lines, key)
         columns[label] = {"tokens per parameter": f"{steps * 24 * 64 / size:.0f}"} | columns[label]
     print_table(["", *columns], [[row, *[column[row] for column in columns.values()]] for row in columns[label]])
     print_table(["tilt", *tilts], [[name, *[f"{tilt[i]:+.2f}" for tilt in tilts.values()]]
@@ -92,6 +98,19 @@ def report_sizes():
             small = correlation(without(tilt, largest), without(other, largest))
             rows[-1].append(f"{correlation(tilt, other):.2f} ({small:.2f})")
     print_table(["correlation of tilts (without the largest)", *tilts], rows)
+
+
+def report_bursts():
+    """The largest alpha in the last half of each proxy's run, and its domain's median there."""
+    rows = []
+    for file in ("sizes-twelve.jsonl", "moved-twelve.jsonl"):
+        for line in read(RESULTS / file):
+            if "last_half_largest" in line:
+                i = (line["last_half_largest"] / line["last_half_median"]).argmax()
+                largest, median = line["last_half_largest"][i], line["last_half_median"][i]
+                rows.append([f"{len(line['domains'])} domains, {line['n_params']:,}, {line['run']}", line["domains"][i],
+                             f"{largest:.3f}", f"{median:.4f}"])
+    print_table(["run", "domain of the largest burst", "its largest alpha", "its median"], rows)
 
 
 def report_gain(corpus):
@@ -124,6 +143,8 @@ def report_gain(corpus):
 
 
 if __name__ == "__main__":
-    report_sizes()
+    report_sizes("last_half")
+    report_sizes("last_half_median")
+    report_bursts()
     for name in ("twelve", "demo"):
         report_gain(name)

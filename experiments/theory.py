@@ -117,7 +117,9 @@ def measure(data_dir, out_dir, results):
             line["null_excess"] = (clipped_excess(twin, reference) + clipped_excess(reference, twin)) / 2
             line["loss_proxy"], line["token_excess"] = np.nanmean(own, axis=1), clipped_excess(own, reference)
             alpha = torch.stack([entry["domain_weights"] for entry in torch.load(history, weights_only=True)]).numpy()
-            line["answer"], line["last_half"] = alpha.mean(axis=0), alpha[len(alpha) // 2 :].mean(axis=0)
+            late_alpha = alpha[len(alpha) // 2 :]
+            line["answer"], line["last_half"] = alpha.mean(axis=0), late_alpha.mean(axis=0)
+            line["last_half_median"], line["last_half_largest"] = np.median(late_alpha, axis=0), late_alpha.max(axis=0)
             logged = [json.loads(text) for text in (proxy / "metrics.jsonl").read_text().splitlines()]
             late = [entry["excess"] for entry in logged if "excess" in entry and entry["step"] > len(alpha) // 2]
             line["late_excess"] = np.mean([list(excess.values()) for excess in late], axis=0)
