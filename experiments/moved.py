@@ -21,9 +21,9 @@ STEPS = 6400
 # ---- the arithmetic: arrays in, numbers out
 
 
-def move(answer, old, onto):
-    """The answer that a run on another reference would give: onto * answer / old, normalised.  All (K,)."""
-    weights = onto * answer / old
+def move(answer, old, onto, exponent=1.0):
+    """What a run on another reference would give: answer * (onto / old) ^ exponent, normalised.  (K,) each."""
+    weights = answer * (onto / old) ** exponent
     return weights / weights.sum()
 
 
@@ -59,6 +59,9 @@ def compare_moved(old, new):
         "two seeds of one run": np.mean(pairs),
         "moved, tilt shuffled": shuffled.mean(),
         "share of shuffles as near": np.mean(shuffled <= distance),
+        "moved, exponent 0.9": total_variation(move(answer, r, onto, 0.9), measured),
+        "spread of log(moved / measured)": np.log(moved / measured).std(),
+        "exponent 0.9": np.log(move(answer, r, onto, 0.9) / measured).std(),
     }
 
 

@@ -90,6 +90,7 @@ def test_an_answer_moves_with_its_tilt():
     """Tilts 1, 2 and 1/2 go onto (0.2, 0.2, 0.6): (0.2, 0.4, 0.3) / 0.9.  Without the third domain: (0.5, 1) / 1.5."""
     old, answer = np.array([0.5, 0.2, 0.3]), np.array([0.5, 0.4, 0.15]) / 1.05
     assert moved.move(answer, old, np.array([0.2, 0.2, 0.6])) == pytest.approx(np.array([2, 4, 3]) / 9)
+    assert moved.move(answer, old, np.array([0.5, 0.2, 0.3]) ** 3, 0.5) == pytest.approx(np.array([50, 16, 9]) / 75)
     group = {"domains": ["a", "b", "c"], "r": old, "answers": np.array([answer, answer])}
     measured = np.array([[0.2, 0.8], [0.4, 0.6]])  # their mean: 0.3, 0.7
     row = moved.compare_moved(group, {"domains": ["a", "b"], "r": np.array([0.5, 0.5]), "answers": measured})
