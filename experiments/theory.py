@@ -26,8 +26,8 @@ LOOKS = {"natural": ("tab:blue", "o"), "uniform": ("tab:green", "s"), "reversed"
 
 
 def mixtures(counts):
-    """Reference weights by name, (K,) each: by token count, uniform, half of both, temperature 1.5, the counts dealt out
-    in reverse order of size, and two that give every other domain three times the share of the rest."""
+    """Reference weights by name, (K,) each: by token count, uniform, half of both, temperature 1.5, the counts dealt
+    out in reverse order of size, and two that give every other domain three times the share of the rest."""
     counts = np.asarray(counts, dtype=float)
     k, order = len(counts), np.argsort(counts)
     reverse = np.empty(k)
