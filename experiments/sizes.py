@@ -43,7 +43,7 @@ def size_row(lines, key):
 
     key: what the tilt is taken from, "last_half" (the mean over its steps) or "last_half_median".
     """
-    natural = [line for line in lines if line["reference"] == "natural"]
+    natural = [line for line in lines if line["reference"] == "natural" and key in line]
     r = natural[0]["r"]
     disagreement = 2 * np.mean([line["null_excess"] for line in natural], axis=0)
     b = own_slope(np.array([line["loss_reference"] for line in lines]), np.array([line["r"] for line in lines]))
@@ -57,7 +57,7 @@ def size_row(lines, key):
         "b: median": f"{np.median(b):.3f}",
         "tilt: spread": f"{tilt.std():.3f}",
         "without the largest": f"{without(tilt, np.abs(tilt).argmax()).std():.3f}",
-        "two seeds: correlation": f"{correlation(*seeds[:2]):.2f}",
+        "two seeds: correlation": f"{correlation(*seeds[:2]):.2f}" if len(seeds) > 1 else "",
         "last half to r": f"{total_variation(last_half, r):.3f}",
         "D and tilt: correlation": f"{correlation(disagreement, tilt):.2f}",
     }
