@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from average_weights import total_variation
+from experiments.published import table
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 6400
@@ -94,12 +95,11 @@ def report():
         label = f"{name} without {dropped[0]}" if dropped else name
         for (old, _), group in first.items():
             rows.append((f"twelve, {old} -> {label} (new)", group, new))
-    for i, (label, old, new) in enumerate(rows):
+    lines = []
+    for label, old, new in rows:
         columns = compare_moved(old, new)
-        if i == 0:
-            print(f"| corpus, from -> onto | seeds | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}")
-        seeds = f"{len(old['answers'])}, {len(new['answers'])}"
-        print(f"| {label} | {seeds} | {' | '.join(f'{x:.3f}' for x in columns.values())} |")
+        lines.append([label, f"{len(old['answers'])}, {len(new['answers'])}", *columns.values()])
+    table("Distances to the answer that was measured on the new reference", ["from -> onto", "seeds", *columns], lines)
 
 
 if __name__ == "__main__":

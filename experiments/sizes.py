@@ -10,19 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from average_weights import total_variation
+from experiments.published import correlation, table
 from experiments.theory import explained, own_slope, predict, read, shuffled_correlation
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def correlation(x, y):
-    return np.corrcoef(x, y)[0, 1]
-
-
-def print_table(header, rows):
-    print(f"\n| {' | '.join(header)} |\n|{' --- |' * len(header)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
 
 
 def without(values, i):
@@ -74,7 +65,6 @@ def size_row(lines, key):
 
 
 def report_sizes(key):
-    print(f"\nThe tilt from {key}")
     groups = {}
     for line in read(RESULTS / "sizes-twelve.jsonl"):
         groups.setdefault((line["n_params"], line["steps"]), []).append(line)
@@ -87,9 +77,11 @@ def report_sizes(key):
         label = f"{size:,}, {steps:,} steps"
         columns[label], tilts[label] = size_row(lines, key)
         columns[label] = {"tokens per parameter": f"{steps * 24 * 64 / size:.0f}"} | columns[label]
-    print_table(["", *columns], [[row, *[column[row] for column in columns.values()]] for row in columns[label]])
-    print_table(["tilt", *tilts], [[name, *[f"{tilt[i]:+.2f}" for tilt in tilts.values()]]
-                                   for i, name in enumerate(line["domains"])])
+    table(f"Sizes; tilts from {key}", ["", *columns], [[row, *[column[row] for column in columns.values()]] for row in columns[label]])
+    domain_rows = []
+    for i, name in enumerate(line["domains"]):
+        domain_rows.append([name, *[f"{tilt[i]:+.2f}" for tilt in tilts.values()]])
+    table(f"Tilts from {key}", ["domain", *tilts], domain_rows)
     rows = []
     for one, tilt in tilts.items():
         rows.append([one])
@@ -97,7 +89,7 @@ def report_sizes(key):
         for other in tilts.values():
             small = correlation(without(tilt, largest), without(other, largest))
             rows[-1].append(f"{correlation(tilt, other):.2f} ({small:.2f})")
-    print_table(["correlation of tilts (without the largest)", *tilts], rows)
+    table("Correlation of tilts (without the largest)", ["", *tilts], rows)
 
 
 def report_bursts():
@@ -110,7 +102,7 @@ def report_bursts():
                 largest, median = line["last_half_largest"][i], line["last_half_median"][i]
                 rows.append([f"{len(line['domains'])} domains, {line['n_params']:,}, {line['run']}", line["domains"][i],
                              f"{largest:.3f}", f"{median:.4f}"])
-    print_table(["run", "domain of the largest burst", "its largest alpha", "its median"], rows)
+    table("Bursts of alpha in the last half", ["run", "domain of the largest", "its largest alpha", "its median"], rows)
 
 
 def report_gain(corpus):
@@ -134,12 +126,12 @@ def report_gain(corpus):
         small = correlation(without(values, largest), without(tilt, largest))
         shuffles = np.array([correlation(generator.permutation(values), tilt) for _ in range(2000)])
         rows.append([name, f"{found:.3f}", f"{small:.3f}", f"{(shuffles >= found).mean():.1%}"])
-    print_table([f"{corpus}: correlation with the tilt", "all domains", f"without {domains[largest]}",
-                 "of 2,000 shuffles as high"], rows)
+    table(f"{corpus}: correlation with the tilt", ["", "all domains", f"without {domains[largest]}",
+          "of 2,000 shuffles as high"], rows)
     rows = []
     for i in np.argsort(tilt):
         rows.append([domains[i], f"{tilt[i]:+.2f}", *[f"{values[i]:.2f}" for values in predictors.values()]])
-    print_table(["domain", "tilt", *predictors], rows)
+    table(f"{corpus}: the predictors", ["domain", "tilt", *predictors], rows)
 
 
 if __name__ == "__main__":
