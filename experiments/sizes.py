@@ -37,30 +37,32 @@ def size_row(lines, key):
     natural = [line for line in lines if line["reference"] == "natural" and key in line]
     r = natural[0]["r"]
     disagreement = 2 * np.mean([line["null_excess"] for line in natural], axis=0)
-    b = own_slope(np.array([line["loss_reference"] for line in lines]), np.array([line["r"] for line in lines]))
     last_half = np.mean([line[key] / line[key].sum() for line in natural], axis=0)  # a median does not sum to 1
     tilt = np.log(last_half / r)
     seeds = [np.log(line[key] / r) for line in natural]
     columns = {
+        "proxies": f"{len(natural)}",
         "loss": f"{np.mean([line['loss_reference'] for line in natural]):.3f}",
         "D: mean": f"{disagreement.mean():.3f}",
         "D: spread": f"{disagreement.std():.3f}",
-        "b: median": f"{np.median(b):.3f}",
         "tilt: spread": f"{tilt.std():.3f}",
         "without the largest": f"{without(tilt, np.abs(tilt).argmax()).std():.3f}",
-        "two seeds: correlation": f"{correlation(*seeds[:2]):.2f}" if len(seeds) > 1 else "",
+        "two seeds: correlation": f"{correlation(*seeds[:2]):.2f}" if len(seeds) > 1 else "one seed",
         "last half to r": f"{total_variation(last_half, r):.3f}",
         "D and tilt: correlation": f"{correlation(disagreement, tilt):.2f}",
     }
+    if "up" not in [line["reference"] for line in lines]:
+        return columns, tilt
+    b = own_slope(np.array([line["loss_reference"] for line in lines]), np.array([line["r"] for line in lines]))
+    columns["b: median"] = f"{np.median(b):.3f}"
     for name, slopes in (("own b", b), ("common b", np.full_like(b, np.median(b)))):
-        columns[f"formula, {name}: R2, correlation; without the largest"] = "b not above 0"
-        columns[f"{name}: foretold spread"] = columns[f"{name}, D shuffled: correlation"] = ""
-        if slopes.min() > 0:
-            foretold = np.log(predict(r, disagreement, slopes) / r)
-            shuffled = shuffled_correlation(r[None], disagreement[None], slopes, tilt[None])
-            columns[f"formula, {name}: R2, correlation; without the largest"] = scores(foretold, tilt)
-            columns[f"{name}: foretold spread"] = f"{foretold.std():.3f}"
-            columns[f"{name}, D shuffled: correlation"] = f"{shuffled.mean():.2f} ± {shuffled.std():.2f}"
+        if slopes.min() <= 0:
+            columns[f"formula, {name}: R2, correlation; without the largest"] = "b not above 0"
+            continue
+        foretold = np.log(predict(r, disagreement, slopes) / r)
+        shuffled = shuffled_correlation(r[None], disagreement[None], slopes, tilt[None])
+        columns[f"formula, {name}: R2, correlation; without the largest"] = scores(foretold, tilt)
+        columns[f"{name}, D shuffled: correlation"] = f"{shuffled.mean():.2f} ± {shuffled.std():.2f}"
     return columns, tilt
 
 
@@ -77,7 +79,11 @@ def report_sizes(key):
         label = f"{size:,}, {steps:,} steps"
         columns[label], tilts[label] = size_row(lines, key)
         columns[label] = {"tokens per parameter": f"{steps * 24 * 64 / size:.0f}"} | columns[label]
-    table(f"Sizes; tilts from {key}", ["", *columns], [[row, *[column[row] for column in columns.values()]] for row in columns[label]])
+    every = max(columns.values(), key=len)
+    size_rows = []
+    for row in every:
+        size_rows.append([row, *[column.get(row, "") for column in columns.values()]])
+    table(f"Sizes; tilts from {key}", ["", *columns], size_rows)
     domain_rows = []
     for i, name in enumerate(line["domains"]):
         domain_rows.append([name, *[f"{tilt[i]:+.2f}" for tilt in tilts.values()]])
