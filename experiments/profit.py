@@ -28,11 +28,15 @@ LABELS = {
     "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-shuffled-tilt": "DoReMi, tilt shuffled",
     "doremi-last-half": "DoReMi, last half",
     "doremi-1600": "DoReMi, 1,600 steps",
+    "moved": "DoReMi, moved from uniform onto natural", "moved-shuffled": "the same, tilt shuffled",
+    "doremi-half": "DoReMi, reference on (uniform + natural) / 2",
+    "moved-half": "DoReMi, moved from uniform onto (uniform + natural) / 2",
 }
 FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
 PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
          ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-shuffled-tilt"), ("doremi", "doremi-last-half"),
-         ("doremi-uniform", "uniform"), ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"))
+         ("doremi-uniform", "uniform"), ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"),
+         ("moved", "doremi"), ("moved", "moved-shuffled"), ("moved-half", "doremi-half"))
 
 
 # ---- the arithmetic: arrays in, numbers out
@@ -67,7 +71,9 @@ def mixture_weights(mixture, counts, theory, seed):
         weights = (natural + 1 / len(natural)) / 2
     else:
         steps = int(power if power.isdigit() else Path(theory).name)
-        reference = power if power in ("uniform", "reversed") else "natural"
+        reference = power if power in ("uniform", "reversed", "half") else "natural"
+        if mixture.startswith("moved"):
+            reference = "uniform"
         proxy = Path(theory).parent / f"{steps}-{reference}-{seed}" / "proxy"
         history = torch.load(proxy / f"doremi_domain_weights_{steps}.pt", weights_only=True)
         alpha = torch.stack([entry["domain_weights"] for entry in history]).double().numpy()
@@ -76,6 +82,10 @@ def mixture_weights(mixture, counts, theory, seed):
             weights = reversed_tilt(weights, natural)
         if power == "shuffled-tilt":  # tilts of the same sizes that know nothing of the domains
             weights = natural * np.random.default_rng(seed).permutation(weights / natural)
+        if power == "shuffled":
+            weights = np.random.default_rng(seed).permutation(weights)
+        if mixture.startswith("moved"):  # onto natural, or onto the mean of uniform and natural; the old share is equal
+            weights = weights * ((natural + 1 / len(natural)) / 2 if power == "half" else natural)
     return weights / weights.sum()
 
 

@@ -26,15 +26,17 @@ LOOKS = {"natural": ("tab:blue", "o"), "uniform": ("tab:green", "s"), "reversed"
 
 
 def mixtures(counts):
-    """Reference weights by name, (K,) each: by token count, uniform, the counts dealt out in reverse order of size, and
-    two that give every other domain three times the share of the rest."""
+    """Reference weights by name, (K,) each: by token count, uniform, half of both, temperature 1.5, the counts dealt
+    out in reverse order of size, and two that give every other domain three times the share of the rest."""
     counts = np.asarray(counts, dtype=float)
     k, order = len(counts), np.argsort(counts)
     reverse = np.empty(k)
     reverse[order] = counts[order[::-1]]
     up = np.where(np.arange(k) % 2 == 0, 3.0, 1.0)
-    weights = {"natural": counts, "uniform": np.ones(k), "reversed": reverse, "up": up, "down": 4 - up}
-    return {name: w / w.sum() for name, w in weights.items()}
+    weights = {"natural": counts, "uniform": np.ones(k), "reversed": reverse, "up": up, "down": 4 - up,
+               "sharp": counts**1.5}
+    weights = {name: w / w.sum() for name, w in weights.items()}
+    return weights | {"half": (weights["uniform"] + weights["natural"]) / 2}
 
 
 def clipped_excess(a, b):
@@ -109,13 +111,16 @@ def measure(data_dir, out_dir, results):
         config = json.loads((run / "reference/config.json").read_text())
         reference = token_losses(run / "reference", dataset)
         line = {"run": run.name, "steps": int(steps), "reference": weights, "seed": int(seed),
-                "r": list(config["sampling_weights"].values()), "loss_reference": np.nanmean(reference, axis=1)}
+                "n_params": config["n_params"], "r": list(config["sampling_weights"].values()),
+                "loss_reference": np.nanmean(reference, axis=1)}
         if history.exists():
             twin, own = token_losses(sorted(twins)[0].parent, dataset), token_losses(proxy, dataset)
             line["null_excess"] = (clipped_excess(twin, reference) + clipped_excess(reference, twin)) / 2
             line["loss_proxy"], line["token_excess"] = np.nanmean(own, axis=1), clipped_excess(own, reference)
             alpha = torch.stack([entry["domain_weights"] for entry in torch.load(history, weights_only=True)]).numpy()
-            line["answer"], line["last_half"] = alpha.mean(axis=0), alpha[len(alpha) // 2 :].mean(axis=0)
+            late_alpha = alpha[len(alpha) // 2 :]
+            line["answer"], line["last_half"] = alpha.mean(axis=0), late_alpha.mean(axis=0)
+            line["last_half_median"], line["last_half_largest"] = np.median(late_alpha, axis=0), late_alpha.max(axis=0)
             logged = [json.loads(text) for text in (proxy / "metrics.jsonl").read_text().splitlines()]
             late = [entry["excess"] for entry in logged if "excess" in entry and entry["step"] > len(alpha) // 2]
             line["late_excess"] = np.mean([list(excess.values()) for excess in late], axis=0)
