@@ -244,7 +244,8 @@ def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="directory of a proxy run; several: seeds of one experiment")
-    add("--out_dir", type=Path, help="where weights.json and weights.png go (default: the first run's directory)")
+    add("--out_dir", type=Path, help="where weights.json and weights.png go (default: the first run's "
+        "directory; with --onto, its folder moved)")
     add("--large_tokens", type=cli.non_negative, help="tokens of the large run, such as 1e11: adds epochs")
     add("--large_params", type=cli.non_negative, help="its parameters, such as 8e9: adds the search's cost")
     add("--onto", metavar="WEIGHTS", help="move the answer onto these reference weights, given like --sampling_weights")
@@ -289,7 +290,7 @@ def main(argv=None):
                            args.large_params, args.large_tokens)
         numbers["cost"] = f"{100 * cost:.3g}% of the large run's FLOPs"
 
-    out_dir = args.out_dir or args.runs[0]
+    out_dir = args.out_dir or (args.runs[0] / "moved" if args.onto else args.runs[0])
     out_dir.mkdir(parents=True, exist_ok=True)
     provenance |= {"reference_weights": dict(zip(answer.domains, answer.reference.tolist())),
                    "largest_move": float(np.abs(answer.weights - answer.reference).max()),

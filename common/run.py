@@ -28,7 +28,8 @@ from common.files import count, finite, json_lines, misfit, positive_count, read
 MACHINE_FLAGS = ("resume", "device", "compile", "micro_batch_size", "activation_checkpointing", "log_interval",
                  "eval_interval", "save_interval", "timeout", "wandb")
 PATH_FLAGS = ("out_dir", "data_dir", "sampling_weights", "reference")
-PRODUCTS = ("metrics.jsonl", "doremi_domain_weights_*.pt", "weights.json", "weights.png", "compare.png", "evaluation*")
+PRODUCTS = ("metrics.jsonl", "doremi_domain_weights_*.pt", "weights.json", "weights.png", "compare.png", "evaluation*",
+            "moved")
 TEMPORARY = (".*.tmp",)
 
 
