@@ -20,6 +20,8 @@ from statistics import median
 
 import numpy as np
 
+from common.files import sample_sha256
+
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {  # vocabulary, and flags
     "4M": (4096, {"block_size": 256, "n_layer": 4, "n_head": 4, "n_embd": 256, "n_ffn": 704, "batch_size": 32}),
@@ -31,14 +33,16 @@ SHAPES = {  # vocabulary, and flags
 def random_data(folder, vocab_size, n_domains=22, n_tokens=100_000):
     """Write a data set of random tokens, as prepare.py would."""
     rng, dtype = np.random.default_rng(0), "uint16" if vocab_size <= 2**16 else "uint32"
-    tokens = {"train": n_tokens, "val": 5000}
-    counts = {f"{side}_{unit}": n for side, n in tokens.items() for unit in ("tokens", "documents", "bytes")}
-    meta = {"tokenizer": "random", "tokenizer_sha256": "", "vocab_size": vocab_size, "eot_token": 0, "dtype": dtype,
-            "domains": {f"domain{i:02}": counts for i in range(n_domains)}}
-    for name in meta["domains"]:
+    domains = {f"domain{i:02}": {} for i in range(n_domains)}
+    for name, entry in domains.items():
         (folder / name).mkdir(parents=True)
-        for side, n in tokens.items():
-            rng.integers(vocab_size, size=n).astype(dtype).tofile(folder / name / f"{side}.bin")
+        for side, n in ("train", n_tokens), ("val", 5000):
+            path = folder / name / f"{side}.bin"
+            rng.integers(vocab_size, size=n).astype(dtype).tofile(path)
+            entry |= {f"{side}_tokens": n, f"{side}_documents": 1, f"{side}_bytes": n}
+            entry[f"{side}_sha256"] = sample_sha256(path, path.stat().st_size)
+    meta = {"tokenizer": "random", "tokenizer_sha256": "", "vocab_size": vocab_size, "eot_token": 0, "dtype": dtype,
+            "domains": domains}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
