@@ -14,6 +14,7 @@ import numpy as np
 
 from average_weights import total_variation
 from experiments.published import table
+from experiments.theory import own_slope, read
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 6400
@@ -100,6 +101,22 @@ def report():
         columns = compare_moved(old, new)
         lines.append([label, f"{len(old['answers'])}, {len(new['answers'])}", *columns.values()])
     table("Distances to the answer that was measured on the new reference", ["from -> onto", "seeds", *columns], lines)
+
+    new = read_answers(RESULTS / "moved-twelve.jsonl")
+    targets = {"natural": first["natural", 12], "half": new["half", 12], "sharp": new["sharp", 12]}
+    report_domains(first["uniform", 12], targets)
+
+
+def report_domains(old, targets):
+    """Weight of each domain, moved / measured; what that does to large models' mean loss, by each domain's own slope."""
+    lines = read(RESULTS / "profit-twelve.jsonl")
+    b = own_slope(np.array([line["loss"] for line in lines]), np.array([line["weights"] for line in lines]))
+    ratios = []
+    for new in targets.values():
+        ratios.append(move(old["answers"].mean(axis=0), old["r"], new["r"]) / new["answers"].mean(axis=0))
+    rows = [[name, *column] for name, column in zip(old["domains"], np.transpose(ratios))]
+    rows.append(["foretold change of the mean loss", *[-(b * np.log(ratio)).mean() for ratio in ratios]])
+    table("Weights from a uniform reference: moved / measured", ["domain", *targets], rows)
 
 
 if __name__ == "__main__":
