@@ -108,7 +108,7 @@ def report():
 
 
 def report_domains(old, targets):
-    """Weight of each domain, moved / measured; what that does to large models' mean loss, by each domain's own slope."""
+    """Weight of each domain, moved / measured; what that does to large models' mean loss, by the domain's own slope."""
     lines = read(RESULTS / "profit-twelve.jsonl")
     b = own_slope(np.array([line["loss"] for line in lines]), np.array([line["weights"] for line in lines]))
     ratios = []
