@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from average_weights import total_variation
+from average_weights import moved, total_variation
 from experiments.published import table
 from experiments.theory import own_slope, read
 
@@ -25,8 +25,8 @@ STEPS = 6400
 
 def move(answer, old, onto, exponent=1.0):
     """What a run on another reference would give: answer * (onto / old) ^ exponent, normalised.  (K,) each."""
-    weights = answer * (onto / old) ** exponent
-    return weights / weights.sum()
+    part_way = old ** (1 - exponent) * onto**exponent
+    return moved(answer, old, part_way / part_way.sum())
 
 
 def shuffled_distances(tilt, onto, measured, n=2000):
@@ -47,8 +47,8 @@ def compare_moved(old, new):
     onto, measured = new["r"], new["answers"].mean(axis=0)
     r, answers = old["r"][keep], old["answers"][:, keep]
     answer = answers.mean(axis=0)
-    moved = move(answer, r, onto)
-    distance = total_variation(moved, measured)
+    foretold = move(answer, r, onto)
+    distance = total_variation(foretold, measured)
     shuffled = shuffled_distances(answer / r, onto, measured)
     each = [total_variation(move(one, r, onto), measured) for one in answers]
     pairs = [total_variation(p, q) for p, q in itertools.combinations(new["answers"], 2)]
@@ -62,7 +62,7 @@ def compare_moved(old, new):
         "moved, tilt shuffled": shuffled.mean(),
         "share of shuffles as near": np.mean(shuffled <= distance),
         "moved, exponent 0.9": total_variation(move(answer, r, onto, 0.9), measured),
-        "spread of log(moved / measured)": np.log(moved / measured).std(),
+        "spread of log(moved / measured)": np.log(foretold / measured).std(),
         "exponent 0.9": np.log(move(answer, r, onto, 0.9) / measured).std(),
     }
 
