@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from average_weights import total_variation
+from average_weights import moved, total_variation
 from experiments.published import table
+from experiments.theory import own_slope, read
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 6400
@@ -24,8 +25,8 @@ STEPS = 6400
 
 def move(answer, old, onto, exponent=1.0):
     """What a run on another reference would give: answer * (onto / old) ^ exponent, normalised.  (K,) each."""
-    weights = answer * (onto / old) ** exponent
-    return weights / weights.sum()
+    part_way = old ** (1 - exponent) * onto**exponent
+    return moved(answer, old, part_way / part_way.sum())
 
 
 def shuffled_distances(tilt, onto, measured, n=2000):
@@ -46,8 +47,8 @@ def compare_moved(old, new):
     onto, measured = new["r"], new["answers"].mean(axis=0)
     r, answers = old["r"][keep], old["answers"][:, keep]
     answer = answers.mean(axis=0)
-    moved = move(answer, r, onto)
-    distance = total_variation(moved, measured)
+    foretold = move(answer, r, onto)
+    distance = total_variation(foretold, measured)
     shuffled = shuffled_distances(answer / r, onto, measured)
     each = [total_variation(move(one, r, onto), measured) for one in answers]
     pairs = [total_variation(p, q) for p, q in itertools.combinations(new["answers"], 2)]
@@ -61,7 +62,7 @@ def compare_moved(old, new):
         "moved, tilt shuffled": shuffled.mean(),
         "share of shuffles as near": np.mean(shuffled <= distance),
         "moved, exponent 0.9": total_variation(move(answer, r, onto, 0.9), measured),
-        "spread of log(moved / measured)": np.log(moved / measured).std(),
+        "spread of log(moved / measured)": np.log(foretold / measured).std(),
         "exponent 0.9": np.log(move(answer, r, onto, 0.9) / measured).std(),
     }
 
@@ -100,6 +101,22 @@ def report():
         columns = compare_moved(old, new)
         lines.append([label, f"{len(old['answers'])}, {len(new['answers'])}", *columns.values()])
     table("Distances to the answer that was measured on the new reference", ["from -> onto", "seeds", *columns], lines)
+
+    new = read_answers(RESULTS / "moved-twelve.jsonl")
+    targets = {"natural": first["natural", 12], "half": new["half", 12], "sharp": new["sharp", 12]}
+    report_domains(first["uniform", 12], targets)
+
+
+def report_domains(old, targets):
+    """Weight of each domain, moved / measured; what that does to large models' mean loss, by the domain's own slope."""
+    lines = read(RESULTS / "profit-twelve.jsonl")
+    b = own_slope(np.array([line["loss"] for line in lines]), np.array([line["weights"] for line in lines]))
+    ratios = []
+    for new in targets.values():
+        ratios.append(move(old["answers"].mean(axis=0), old["r"], new["r"]) / new["answers"].mean(axis=0))
+    rows = [[name, *column] for name, column in zip(old["domains"], np.transpose(ratios))]
+    rows.append(["foretold change of the mean loss", *[-(b * np.log(ratio)).mean() for ratio in ratios]])
+    table("Weights from a uniform reference: moved / measured", ["domain", *targets], rows)
 
 
 if __name__ == "__main__":
