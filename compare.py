@@ -343,17 +343,18 @@ def draw_curves(axes, groups, column):
     means = [group.loss[..., column].mean(axis=0) for group in groups]  # (N,) each
     target, handles = means[0][-1], []
     axes.axhline(target, color="0.45", linewidth=0.8, linestyle=":")
-    for group, mean, look in zip(groups, means, looks(len(groups) - 1)):
+    for i, (group, mean, look) in enumerate(zip(groups, means, looks(len(groups) - 1))):
         sd, passed = deviation(group.loss[..., column]), tokens_to_reach(group.step, mean, target)
         axes.fill_between(group.step, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
         handles += axes.plot(group.step, mean, markevery=[-1], **look)
         if group is not groups[0] and not np.isnan(passed):
-            axes.axvline(passed, ymax=0.1, color=look["color"])
-            axes.annotate(f"{passed:.0f} ", (passed, 0.03), xycoords=("data", "axes fraction"), ha="right", fontsize=8,
+            axes.axvline(passed, ymax=0.07 * i, color=look["color"])
+            place = passed, 0.07 * i - 0.05  # one above the other, where steps are close
+            axes.annotate(f"{passed:.0f} ", place, xycoords=("data", "axes fraction"), ha="right", fontsize=8,
                           color=look["color"])
     top = max(mean[np.searchsorted(group.step, group.step[-1] / 4)] for group, mean in zip(groups, means))
     low = min(map(np.min, means))
-    axes.set(xlim=(0, None), ylim=(low - 0.15 * max(top - low, 1e-3), top),  # the steep start is above the top
+    axes.set(xlim=(0, None), ylim=(low - 0.35 * max(top - low, 1e-3), top),  # the steep start is above the top
              xlabel="step", title=f"held-out loss, {SUMMARIES[column]} (nats per token)")
     return handles
 
