@@ -16,7 +16,6 @@ from forked import Job
 
 from common import ranks
 from common.files import write_atomically
-from sampler import load_dataset
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
 BEGUN = {"flags.txt", "config.json", "metrics.jsonl", ".lock"}
@@ -278,16 +277,6 @@ def test_a_new_run_removes_what_an_older_one_left(tmp_path, world):
 def test_claims_of_meta_json(tmp_path, data, change):
     edit(data / "meta.json", change)
     reference_refused(tmp_path, data, mentions=["rich"])
-
-
-def test_more_domains_than_files_may_be_open(tmp_path):
-    many = write_dataset(tmp_path / "data", {f"d{i}": ([1] * 40, [1] * 40) for i in range(600)})
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
-    try:
-        assert len(load_dataset(many, 16).train) == 600
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_wandb_without_a_key(tmp_path, world, monkeypatch):

@@ -1,6 +1,7 @@
 """What the sampler reads: windows, mixtures, evaluation windows, and sums over domains. All of it is exact."""
 
 import json
+import resource
 import warnings
 from types import SimpleNamespace
 
@@ -30,6 +31,16 @@ def test_windows_are_aligned(tmp_path, dtype, start):
     (batch,), _ = draw(dataset, [1.0], 4, 1)
     assert batch.tokens.dtype == getattr(torch, dtype)
     assert sorted(batch.tokens.long()[:, 0].tolist()) == [start + 7 * j for j in range(4)]
+
+
+def test_more_domains_than_files_may_be_open(tmp_path):
+    many = write_dataset(tmp_path / "data", {f"d{i}": ([1] * 40, [1] * 40) for i in range(600)})
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        assert len(load_dataset(many, 16).train) == 600
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 # ---- sampling weights.  Token counts of data_dir: counting 6000, simple 3000, rich 2000, small 300 ----
