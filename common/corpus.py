@@ -182,11 +182,12 @@ def text_size(each, text_key):
     """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
     if each.kind != "rows":
         return each.path.stat().st_size
-    total, size = 0, each.path.stat().st_size
+    total, before, size = 0, 0.0, each.path.stat().st_size
     for place, row, done in read_rows(each.path, [text_key]):
+        if done > before and before * size >= MEASURED:  # more was read only now: all text up to `before` is counted
+            return total / before
         total += len(field(row, text_key, place).encode(errors="replace"))
-        if done * size >= MEASURED:
-            return total / done
+        before = done
     return total
 
 
