@@ -196,8 +196,8 @@ def test_a_stopped_stage_stops_the_shell_script(world, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point, n", [(point, n) for point in ("flushed", "renamed", "bytes") for n in range(1, 10)
-                                      if not (point == "bytes" and n > 6)])
+@pytest.mark.parametrize("point, n", [(point, n) for point in ("flushed", "renamed", "bytes") for n in range(1, 8)
+                                      if not (point == "bytes" and n > 4)])
 @pytest.mark.parametrize("script", ["train_reference.py", "train_doremi.py"])
 def test_every_rename_and_every_file(world, undisturbed, tmp_path, script, point, n):
     """Every file that a run writes: killed in the middle of it, before its rename, after its rename."""
