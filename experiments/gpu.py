@@ -70,7 +70,7 @@ def demo(args, folder):
         python("train_doremi.py", f"--reference={runs}/reference", f"--out_dir={runs}/proxy", f"--device={device}",
                cwd=ROOT)
         python("average_weights.py", runs / "proxy", cwd=ROOT)
-        answers.append(json.loads((runs / "proxy/weights.json").read_text()))
+        answers.append(json.loads((runs / "proxy/weights.json").read_text())["domain_weights"])
         say("demo", device=device, minutes=(time.perf_counter() - start) / 60, answer=answers[-1])
     say("demo", total_variation=total_variation(*(torch.tensor(list(a.values())).numpy() for a in answers)))
 
