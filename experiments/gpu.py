@@ -28,6 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from average_weights import total_variation
@@ -72,7 +73,8 @@ def demo(args, folder):
         python("average_weights.py", runs / "proxy", cwd=ROOT)
         answers.append(json.loads((runs / "proxy/weights.json").read_text())["domain_weights"])
         say("demo", device=device, minutes=(time.perf_counter() - start) / 60, answer=answers[-1])
-    say("demo", total_variation=total_variation(*(torch.tensor(list(a.values())).numpy() for a in answers)))
+    here, cpu = (np.array(list(answer.values())) for answer in answers)
+    say("demo", total_variation=float(total_variation(here, cpu)))
 
 
 def gpt2(args, folder):
