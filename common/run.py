@@ -28,9 +28,9 @@ from common.files import count, finite, json_lines, misfit, positive_count, read
 MACHINE_FLAGS = ("resume", "device", "compile", "micro_batch_size", "activation_checkpointing", "log_interval",
                  "eval_interval", "save_interval", "timeout", "wandb")
 PATH_FLAGS = ("out_dir", "data_dir", "sampling_weights", "reference")
-PRODUCTS = ("metrics.jsonl", "doremi_domain_weights_*.pt", "weights.json", "weights.png", "compare.png", "evaluation*",
-            "moved")
-TEMPORARY = (".*.tmp",)
+PRODUCTS = ("metrics.jsonl", "doremi_domain_weights_*.pt", "weights.json", "weights.png", "compare.png",
+            "evaluation.png", "evaluation", "moved")
+TEMPORARY = (f".*.{'[0-9a-f]' * 8}.tmp",)  # of write_atomically
 
 
 def add_machine_flags(parser, out_dir, inherited=False):
@@ -124,7 +124,10 @@ class Run:
             self.config["wandb_id"] = self.last_wandb_id() or uuid.uuid4().hex[:8]
             if self.args.wandb != "disabled":
                 self.wandb = start_wandb(self.out_dir, self.args.wandb, self.config)
-            remove(self.out_dir, TEMPORARY if self.checkpoint else (*PRODUCTS, *TEMPORARY))
+            remove(self.out_dir, TEMPORARY)
+            older = (self.out_dir / "config.json").exists() and (self.out_dir / "flags.txt").exists()
+            if older and not self.checkpoint:  # nothing else is removed from a directory that is no run's
+                remove(self.out_dir, PRODUCTS)
             write_atomically(self.out_dir / "flags.txt", flag_lines(self.args))
             write_atomically(self.out_dir / "config.json", json.dumps(self.config, indent=2) + "\n")
             self.metrics = open_metrics(self.out_dir / "metrics.jsonl", self.checkpoint)

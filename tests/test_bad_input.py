@@ -267,6 +267,10 @@ def test_a_new_run_removes_what_an_older_one_left(tmp_path, world):
     (out / "ckpt.pt").unlink()
     run_here("train_doremi.py", *TRAINING, "--max_steps=8", f"--reference={world.reference}", f"--out_dir={out}")
     assert {path.name for path in out.iterdir()} == BEGUN | {"ckpt.pt", "doremi_domain_weights_8.pt"}
+    (mine := tmp_path / "mine" / "evaluation").mkdir(parents=True)  # of a directory that is no run's
+    (mine / "notes.txt").write_text("precious")
+    run_here("train_doremi.py", *TRAINING, f"--reference={world.reference}", f"--out_dir={tmp_path}/mine")
+    assert (mine / "notes.txt").read_text() == "precious"
 
 
 @pytest.mark.parametrize("change", [
