@@ -80,6 +80,15 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}{where}; see --help\n")
 
 
+def path(text):
+    """A path of this machine's disks, with ~ for the home directory: the shell leaves the one of --out_dir=~/runs."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path is empty")
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a remote address; give a path of this machine's disks")
+    return os.path.expanduser(text)
+
+
 def positive(text):
     value = int(text)
     if value < 1:
