@@ -19,10 +19,13 @@ import torch
 from common.run import load_finished
 from common.scores import bits_per_byte, read_scores
 from compare import tokens_to_reach
+from sampler import unimax
 
 LABELS = {
     "natural": "natural", "temperature-0.7": "temperature 0.7", "temperature-0.5": "temperature 0.5",
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
+    "unimax-4": "uniform, at most 4 epochs", "unimax-8": "uniform, at most 8 epochs",
+    "unimax-32": "uniform, at most 32 epochs",
     "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
     "doremi-reversed": "DoReMi, reference on reversed",
     "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-shuffled-tilt": "DoReMi, tilt shuffled",
@@ -69,6 +72,8 @@ def mixture_weights(mixture, counts, theory, seed):
         weights = counts ** {"natural": 1, "uniform": 0}.get(mixture, float(power or 0))
     elif mixture == "uniform+natural":
         weights = (natural + 1 / len(natural)) / 2
+    elif mixture.startswith("unimax"):  # of the large models' budget
+        weights = unimax(counts, 1600 * 32 * 64, float(power))
     else:
         steps = int(power if power.isdigit() else Path(theory).name)
         reference = power if power in ("uniform", "reversed", "half") else "natural"
