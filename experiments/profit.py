@@ -19,6 +19,7 @@ import torch
 from common.run import load_finished
 from common.scores import bits_per_byte, read_scores
 from compare import tokens_to_reach
+from experiments.foretold import TEMPERATURES, foretold_weights
 from sampler import unimax
 
 LABELS = {
@@ -34,12 +35,18 @@ LABELS = {
     "moved": "DoReMi, moved from uniform onto natural", "moved-shuffled": "the same, tilt shuffled",
     "doremi-half": "DoReMi, reference on (uniform + natural) / 2",
     "moved-half": "DoReMi, moved from uniform onto (uniform + natural) / 2",
+    "doremi-mild": "DoReMi, reference on temperature 0.7",
+    "moved-mild": "DoReMi, moved from uniform onto temperature 0.7",
+    "foretold-own": "foretold best, own shares", "foretold-all": "foretold best, all shares",
+    "quarter-1": "a quarter of domain 1", "quarter-6": "a quarter of domain 6",
 }
-FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
+FRONT = TEMPERATURES
 PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
          ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-shuffled-tilt"), ("doremi", "doremi-last-half"),
          ("doremi-uniform", "uniform"), ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"),
-         ("moved", "doremi"), ("moved", "moved-shuffled"), ("moved-half", "doremi-half"))
+         ("moved", "doremi"), ("moved", "moved-shuffled"), ("moved-half", "doremi-half"),
+         ("doremi-mild", "temperature-0.7"), ("moved-mild", "doremi-mild"), ("foretold-own", "uniform+natural"),
+         ("foretold-all", "uniform+natural"))
 
 
 # ---- the arithmetic: arrays in, numbers out
@@ -64,8 +71,8 @@ def behind_front(front, point):
 # ---- mixtures and runs
 
 
-def mixture_weights(mixture, counts, theory, seed):
-    """(K,) of one of LABELS.  theory: THEORY_DIR/STEPS, the prefix of theory.sh's runs."""
+def mixture_weights(mixture, counts, theory, seed, corpus=None):
+    """(K,) of one of LABELS.  theory: THEORY_DIR/STEPS, the prefix of theory.sh's runs; corpus: as in results/."""
     natural = counts / counts.sum()
     power = mixture.partition("-")[2]
     if mixture in FRONT:
@@ -74,9 +81,14 @@ def mixture_weights(mixture, counts, theory, seed):
         weights = (natural + 1 / len(natural)) / 2
     elif mixture.startswith("unimax"):  # of the large models' budget
         weights = unimax(counts, 1600 * 32 * 64, float(power))
+    elif mixture.startswith("quarter"):  # of one domain's share; the others keep their proportions
+        weights = natural.copy()
+        weights[int(power)] /= 4
+    elif mixture.startswith("foretold"):
+        weights = foretold_weights(mixture, corpus)
     else:
         steps = int(power if power.isdigit() else Path(theory).name)
-        reference = power if power in ("uniform", "reversed", "half") else "natural"
+        reference = power if power in ("uniform", "reversed", "half", "mild") else "natural"
         if mixture.startswith("moved"):
             reference = "uniform"
         proxy = Path(theory).parent / f"{steps}-{reference}-{seed}" / "proxy"
@@ -89,8 +101,9 @@ def mixture_weights(mixture, counts, theory, seed):
             weights = natural * np.random.default_rng(seed).permutation(weights / natural)
         if power == "shuffled":
             weights = np.random.default_rng(seed).permutation(weights)
-        if mixture.startswith("moved"):  # onto natural, or onto the mean of uniform and natural; the old share is equal
-            weights = weights * ((natural + 1 / len(natural)) / 2 if power == "half" else natural)
+        if mixture.startswith("moved"):  # from uniform, where the old shares are equal
+            onto = {"half": (natural + 1 / len(natural)) / 2, "mild": natural**0.7}
+            weights = weights * onto.get(power, natural)
     return weights / weights.sum()
 
 
@@ -228,7 +241,7 @@ if __name__ == "__main__":
         meta = json.loads((Path(data_dir) / "meta.json").read_text())["domains"]
         counts = np.array([domain["train_tokens"] for domain in meta.values()], dtype=float)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        weights = mixture_weights(mixture, counts, theory, int(seed))
+        weights = mixture_weights(mixture, counts, theory, int(seed), Path(data_dir).name)
         Path(path).write_text(json.dumps(dict(zip(meta, weights.tolist()))))
     elif what == "collect":
         collect(Path(rest[0]), Path(rest[1]))

@@ -9,7 +9,7 @@ set -euo pipefail
 data=$1 out=$2 lengths=${3:-"200 400 1600 6400"} references=${4:-"natural uniform reversed up down"} seeds=${5:-"10 20 30 40 50"}
 code=${CODE:-.} python=${PYTHON:-python}
 
-"$python" -m experiments.theory weights "$data" "$out"  # OUT_DIR/weights/{natural,uniform,reversed,up,down,sharp,half}.json
+"$python" -m experiments.theory weights "$data" "$out"  # OUT_DIR/weights/{natural,uniform,reversed,up,down,sharp,mild,half}.json
 for steps in $lengths; do
     compile=--compile
     [ "$steps" -gt 1000 ] || compile=--no-compile
