@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import moved, profit, theory
+from experiments import profit, theory
 
 
 def test_mixtures_deal_the_counts_out_in_reverse():
@@ -77,21 +77,6 @@ def test_mixtures_of_the_profit():
     assert profit.mixture_weights("uniform", counts, None, 1) == pytest.approx([0.5, 0.5])
     assert profit.mixture_weights("natural", counts, None, 1) == pytest.approx([0.1, 0.9])
     assert profit.mixture_weights("uniform+natural", counts, None, 1) == pytest.approx([0.3, 0.7])
-
-
-def test_an_answer_moves_with_its_tilt():
-    """Tilts 1, 2 and 1/2 go onto (0.2, 0.2, 0.6): (0.2, 0.4, 0.3) / 0.9.  Without the third domain: (0.5, 1) / 1.5."""
-    old, answer = np.array([0.5, 0.2, 0.3]), np.array([0.5, 0.4, 0.15]) / 1.05
-    assert moved.move(answer, old, np.array([0.2, 0.2, 0.6])) == pytest.approx(np.array([2, 4, 3]) / 9)
-    assert moved.move(answer, old, np.array([0.5, 0.2, 0.3]) ** 3, 0.5) == pytest.approx(np.array([50, 16, 9]) / 75)
-    group = {"domains": ["a", "b", "c"], "r": old, "answers": np.array([answer, answer])}
-    measured = np.array([[0.2, 0.8], [0.4, 0.6]])  # their mean: 0.3, 0.7
-    row = moved.compare_moved(group, {"domains": ["a", "b"], "r": np.array([0.5, 0.5]), "answers": measured})
-    assert row["moved answer"] == pytest.approx(1 / 3 - 0.3)
-    assert row["new reference itself"] == pytest.approx(0.5 - 0.3)
-    assert row["old answer itself"] == pytest.approx(5 / 9 - 0.3)
-    assert row["two seeds of one run"] == pytest.approx(0.2)
-    assert row["share of shuffles as near"] == pytest.approx(0.5, abs=0.05)  # the other order of two tilts is further
 
 
 def test_a_uniform_answer_is_moved_for_the_profit(tmp_path):
