@@ -1,7 +1,9 @@
-"""Cut a data set so that a budget of tokens sees it several times: python -m experiments.cut DATA_DIR OUT_DIR TOKENS
+"""Cut a data set, so a budget of tokens sees it several times.
+
+    python -m experiments.cut DATA_DIR OUT_DIR TOKENS [SEED]
 
 Every domain keeps the same fraction of its training tokens, together TOKENS, as pieces of 512 tokens from places drawn
-with a fixed seed. A smaller cut is part of a larger one. The held-out tokens stay as they are.
+with SEED (default 0). A smaller cut is part of a larger one of the same seed. The held-out tokens stay as they are.
 """
 
 import json
@@ -19,6 +21,7 @@ PIECE = 512  # tokens
 if __name__ == "__main__":
     source, out, tokens = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     shutil.copytree(source, out)
+    seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     meta = json.loads((out / "meta.json").read_text())
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     fraction = tokens / sum(domain["train_tokens"] for domain in meta["domains"].values())
@@ -26,7 +29,7 @@ if __name__ == "__main__":
         file = out / folder_name(name) / "train.bin"
         train = np.fromfile(file, dtype)
         pieces = train[: len(train) // PIECE * PIECE].reshape(-1, PIECE)
-        places = np.random.default_rng(0).permutation(len(pieces))[: round(fraction * len(pieces))]
+        places = np.random.default_rng(seed).permutation(len(pieces))[: round(fraction * len(pieces))]
         pieces[np.sort(places)].tofile(file)
         domain["train_tokens"] = len(places) * PIECE
         domain["train_sha256"] = sample_sha256(file, file.stat().st_size)

@@ -4,8 +4,7 @@
     python -m experiments.profit collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
     python -m experiments.profit report RESULTS [FIGURE.png TITLE] from RESULTS alone
 
-Before it is collected, `evaluate.py OUT_DIR/natural-SEED OUT_DIR/MIXTURE-SEED ... --data_dir=OTHER --tasks=...` may add
-what the runs of a seed do on unseen text and on tasks.
+Some committed runs also hold bits per byte on unseen text and on tasks, as changes from natural of the same seed.
 """
 
 import json
@@ -16,10 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from common.run import load_finished
-from common.scores import bits_per_byte, read_scores
 from compare import tokens_to_reach
-from experiments.foretold import TEMPERATURES, foretold_weights
+from experiments.foretold import TEMPERATURES, behind_front, foretold_weights
 from sampler import unimax
 
 LABELS = {
@@ -56,16 +53,6 @@ def reversed_tilt(answer, r):
     """The mixture that departs from r the other way: r^2 / answer, normalised."""
     opposite = r**2 / answer
     return opposite / opposite.sum()
-
-
-def behind_front(front, point):
-    """By how much some mixture on the front is better than the point in both means; below 0: none is better in both.
-
-    front: (N, 2) of (token-weighted, unweighted) means, joined by straight lines; point: (2,).
-    """
-    share = np.linspace(0, len(front) - 1, 1000)
-    ends = np.array([np.interp(share, range(len(front)), column) for column in front.T])  # (2, 1000)
-    return (np.asarray(point)[:, None] - ends).min(axis=0).max()
 
 
 # ---- mixtures and runs
@@ -123,23 +110,7 @@ def collect(out_dir, results):
                       "unweighted": np.round(losses.mean(axis=1), 5).tolist(),
                       "weighted": np.round(losses @ (counts / counts.sum()), 5).tolist(),
                       "loss": np.round(losses[-1], 5).tolist()})
-        own = Path(config["data"]["data_dir"]).name
-        here, natural = (evaluated(path, own) for path in (run, out_dir / f"natural-{seed}"))
-        if all(here.values()) and all(natural.values()):
-            for kind, bpb in here.items():
-                lines[-1][kind] = {name: round(bpb[name] - natural[kind][name], 4) for name in bpb}
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def evaluated(run, own):
-    """{"unseen" or "tasks": {name: bits per byte}} of what evaluate.py has scored.  own: the data set trained on."""
-    found = {"unseen": {}, "tasks": {}}
-    scores, _ = read_scores(run / "evaluation", load_finished(run, ("large",))[1]["model"])
-    for each in scores.values():
-        kind = "tasks" if each["kind"] == "tasks" else "unseen"
-        if kind == "tasks" or each["name"] != own:
-            found[kind] |= {name: bits_per_byte(part) for name, part in each["parts"].items()}
-    return found
 
 
 # ---- reporting

@@ -3,8 +3,10 @@
     python -m experiments.repeat [FIGURE.png]     from experiments/results alone
 """
 
+import itertools
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,84 +16,93 @@ from experiments.profit import LABELS, spread
 from experiments.published import correlation
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET = 1600 * 32 * 64  # tokens of a large model
-FILES = {BUDGET / 18_081_412: "profit-demo", 1: "repeat-demo-1", 4: "repeat-demo-4", 16: "repeat-demo-16"}
+FILES = {  # label: epochs of natural proportions, file
+    "demo, whole (0.18 epochs)": (0.18, "profit-demo"), "demo, 1 epoch": (1, "repeat-demo-1"),
+    "demo, 4 epochs": (4, "repeat-demo-4"), "demo, 16 epochs": (16, "repeat-demo-16"),
+    "demo, 16 epochs, other text": (16, "repeat-demo-16b"), "twelve, 16 epochs": (16, "repeat-twelve-16"),
+}
 SEEDS = (10, 20, 30)
 OWN_EPOCHS = (0, 2, 5, 10, 20, 30, 50, 100)  # edges
 
 
-def read_changes(name):
-    """{mixture: (weights (N, K), changes of loss (N, K))} from natural of the same seed, and the natural shares."""
+@dataclass
+class Group:
+    """The runs of one data set; what differs is from natural of the same seed."""
+
+    epochs: float  # of natural proportions
+    natural: np.ndarray  # (K,)
+    weights: dict  # mixture: (K,), mean over seeds
+    changes: dict  # mixture: (seeds, K), of the last loss
+    lowest: dict  # mixture: (seeds,), of the lowest mean loss on the way
+
+
+def read_group(epochs, name):
     lines = [json.loads(text) for text in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-    base = {line["seed"]: np.array(line["loss"]) for line in lines if line["mixture"] == "natural"}
-    found = {}
-    for line in lines:
-        if line["seed"] in base and line["seed"] in SEEDS:
-            found.setdefault(line["mixture"], []).append((line["weights"], line["loss"] - base[line["seed"]]))
-    changes = {mixture: tuple(np.array(column) for column in zip(*rows)) for mixture, rows in found.items()}
-    return changes, np.array(lines[0]["natural"])
-
-
-def tilt_of_whole_data(natural):
-    """Of DoReMi's answer after 1,600 steps on the whole data, mean over seeds: (K,)."""
-    lines = [json.loads(text) for text in (RESULTS / "theory-demo.jsonl").read_text().splitlines()]
-    answers = [line["answer"] for line in lines if line["run"].startswith("1600-natural") and "answer" in line]
-    return np.log(np.mean(answers, axis=0) / natural)
+    base = {line["seed"]: line for line in lines if line["mixture"] == "natural"}
+    group = Group(epochs, np.array(lines[0]["natural"]), {}, {}, {})
+    for mixture in (name for name in LABELS if name != "natural"):
+        here = [line for line in lines if line["mixture"] == mixture and line["seed"] in SEEDS and line["seed"] in base]
+        if here:
+            group.weights[mixture] = np.mean([line["weights"] for line in here], axis=0)
+            group.changes[mixture] = np.array([np.subtract(x["loss"], base[x["seed"]]["loss"]) for x in here])
+            group.lowest[mixture] = np.array([min(x["unweighted"]) - min(base[x["seed"]]["unweighted"]) for x in here])
+    return group
 
 
 def report(groups):
-    """groups: {label: (epochs, changes, natural)}."""
-    print("| data, epochs of natural | trained on | seeds | epochs of the smallest domain | mean | token-weighted mean |\n|"
-          + " --- |" * 6)
-    for label, (epochs, changes, natural) in groups.items():
-        for mixture in (name for name in LABELS if name in changes and name != "natural"):
-            weights, change = changes[mixture]
-            smallest = epochs * (weights.mean(axis=0) / natural)[natural.argmin()]
-            print(f"| {label}, {epochs:.2g} | {LABELS[mixture]} | {len(change)} | {smallest:.1f} | "
-                  f"{spread(change.mean(axis=1))} | {spread(change @ natural)} |")
-    print("\n| a domain that gets more than its natural share, by its own epochs | domains and mixtures | mean change "
-          "| share that gained |\n|" + " --- |" * 4)
+    """groups: {label: Group}."""
+    print("| data | trained on | seeds | epochs of the smallest domain | mean | token-weighted mean "
+          "| lowest mean on the way |\n|" + " --- |" * 7)
+    for label, group in groups.items():
+        for mixture, change in group.changes.items():
+            smallest = group.epochs * (group.weights[mixture] / group.natural)[group.natural.argmin()]
+            print(f"| {label} | {LABELS[mixture]} | {len(change)} | {smallest:.1f} | {spread(change.mean(axis=1))} | "
+                  f"{spread(change @ group.natural)} | {spread(group.lowest[mixture])} |")
+
+
+def report_domains(groups):
+    """Do domains that get more than their natural share gain?  By how often each is seen."""
     own, gain = [], []
-    for epochs, changes, natural in groups.values():
-        for mixture, (weights, change) in changes.items():
-            ratio = weights.mean(axis=0) / natural
-            raised = ratio > 1.02
-            own.extend(epochs * ratio[raised])
-            gain.extend(change.mean(axis=0)[raised])
+    for group in groups.values():
+        for mixture, change in group.changes.items():
+            ratio = group.weights[mixture] / group.natural
+            own.extend(group.epochs * ratio[ratio > 1.02])
+            gain.extend(change.mean(axis=0)[ratio > 1.02])
     own, gain = np.array(own), np.array(gain)
-    for low, high in zip(OWN_EPOCHS, OWN_EPOCHS[1:]):
+    print("\n| epochs of a domain that is raised | domains and mixtures | mean change | share that gained |\n|"
+          + " --- |" * 4)
+    for low, high in itertools.pairwise(OWN_EPOCHS):
         inside = (own >= low) & (own < high)
         if inside.any():
-            print(f"| {low} to {high} | {inside.sum()} | {gain[inside].mean():+.3f} | "
-                  f"{(gain[inside] < 0).mean():.0%} |")
+            gained = np.mean(gain[inside] < 0)
+            print(f"| {low} to {high} | {inside.sum()} | {gain[inside].mean():+.3f} | {gained:.0%} |")
 
 
-def report_tilts(groups):
-    epochs, changes, natural = groups["demo, cut to 1/16"]
-    if "doremi" in changes:
-        tilts = np.log(changes["doremi"][0] / natural)
-        whole = tilt_of_whole_data(natural)
-        print(f"\nDoReMi's tilt at {epochs} epochs, mean over seeds, with that of the whole data: correlation "
-              f"{correlation(tilts.mean(axis=0), whole):.2f}, standard deviation {tilts.mean(axis=0).std():.2f} and "
-              f"{whole.std():.2f}; two seeds correlate by {correlation(*tilts[:2]):.2f}")
+def report_tilts(group):
+    """DoReMi's answer where data repeat, and that of the whole data after as many steps."""
+    lines = [json.loads(text) for text in (RESULTS / "theory-demo.jsonl").read_text().splitlines()]
+    whole = [line["answer"] for line in lines if line["run"].startswith("1600-natural") and "answer" in line]
+    tilts = [np.log(weights / group.natural) for weights in (group.weights["doremi"], np.mean(whole, axis=0))]
+    print(f"\nDoReMi's tilt at {group.epochs} epochs with that of the whole data: correlation "
+          f"{correlation(*tilts):.2f}, standard deviations {tilts[0].std():.2f} and {tilts[1].std():.2f}")
 
 
 def draw(path, groups):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharex=True)
     looks = {"temperature-0.7": ("tab:blue", "o"), "uniform+natural": ("tab:orange", "s"), "uniform": ("tab:red", "^"),
              "doremi": ("tab:green", "D")}
-    demo = [group for label, group in groups.items() if label.startswith("demo")]
     for mixture, (colour, marker) in looks.items():
-        here = [(epochs, *changes[mixture], natural) for epochs, changes, natural in demo if mixture in changes]
-        for panel, mean_of in zip(axes, (lambda change, natural: change.mean(axis=1),
-                                         lambda change, natural: change @ natural)):
-            values = [mean_of(change, natural) for _, _, change, natural in here]
-            panel.errorbar([group[0] for group in here], [x.mean() for x in values], [x.std(ddof=1) for x in values],
-                           color=colour, marker=marker, capsize=3, label=LABELS[mixture])
+        here = [group for group in groups if mixture in group.changes]
+        epochs = [group.epochs for group in here]
+        means = [group.changes[mixture].mean(axis=1) for group in here]
+        weighted = [group.changes[mixture] @ group.natural for group in here]
+        for panel, values in zip(axes, (means, weighted)):
+            panel.errorbar(epochs, [x.mean() for x in values], [x.std(ddof=1) for x in values], color=colour,
+                           marker=marker, capsize=3, label=LABELS[mixture])
     for panel, name in zip(axes, ("mean loss", "token-weighted mean loss")):
         panel.axhline(0, color="grey", linewidth=1)
         panel.set(xscale="log", xlabel="epochs of natural proportions", ylabel=f"{name} (nats), change from natural")
-        panel.set_xticks([epochs for epochs, *_ in demo], [f"{epochs:.2g}" for epochs, *_ in demo])
+        panel.set_xticks([group.epochs for group in groups], [f"{group.epochs:.2g}" for group in groups])
         panel.minorticks_off()
     axes[0].legend(fontsize=8)
     figure.suptitle("Mixtures that raise small domains stop paying when the data repeat", fontsize=11)
@@ -99,14 +110,9 @@ def draw(path, groups):
 
 
 if __name__ == "__main__":
-    groups = {}
-    for epochs, name in FILES.items():
-        if (RESULTS / f"{name}.jsonl").exists():
-            label = "demo, whole" if epochs < 1 else f"demo, cut to 1/{epochs}" if epochs > 1 else "demo, cut to 1"
-            groups[label] = (epochs, *read_changes(name))
-    if (RESULTS / "repeat-twelve-16.jsonl").exists():
-        groups["twelve, cut to 1/16"] = (16, *read_changes("repeat-twelve-16"))
+    groups = {label: read_group(*place) for label, place in FILES.items()}
     report(groups)
-    report_tilts(groups)
+    report_domains(groups)
+    report_tilts(groups["demo, 16 epochs"])
     if sys.argv[1:]:
-        draw(sys.argv[1], groups)
+        draw(sys.argv[1], [group for label, group in groups.items() if "demo" in label and "other" not in label])
