@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from compare import tokens_to_reach
 from experiments.foretold import TEMPERATURES, behind_front, foretold_weights
 from sampler import unimax
 
@@ -118,12 +117,7 @@ def collect(out_dir, results):
 
 def spread(values):
     """Mean ± standard deviation over seeds, as text. Every ± of the docs is this one."""
-    values = np.array(values, dtype=float)
-    found = values[~np.isnan(values)]
-    if not len(found):
-        return "never"
-    text = f"{found.mean():+.3f}" + (f" ± {found.std(ddof=1):.3f}" if len(found) > 1 else "")
-    return text + (f" ({len(found)} of {len(values)} seeds)" if len(found) < len(values) else "")
+    return f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def in_standard_errors(values):
@@ -139,27 +133,25 @@ def report(results, figure=None, title=""):
     seeds = sorted({seed for mixture, seed in runs if mixture == "natural"})
     first = runs["natural", seeds[0]]
     print(f"{first['n_params']:,} parameters, {first['tokens'][-1] / first['n_params']:.0f} tokens per parameter\n\n"
-          "| trained on | domains better than natural, by seed | mean loss | token-weighted mean | worst domain "
-          "| tokens to natural's last mean loss | behind the temperatures' front |\n|" + " --- |" * 7)
+          "| trained on | domains better than natural, by seed | mean loss | token-weighted mean "
+          "| behind the temperatures' front |\n|" + " --- |" * 5)
     points = {}
     for mixture, label in LABELS.items():
         here = [seed for seed in seeds if (mixture, seed) in runs]
         if not here:
             continue
-        better, delta, pace, front = [], [], [], []
+        better, delta, front = [], [], []
         for seed in here:
             run, base = runs[mixture, seed], runs["natural", seed]
             better.append(int((run["loss"] < base["loss"]).sum()))
-            delta.append([run["unweighted"][-1] - base["unweighted"][-1], run["weighted"][-1] - base["weighted"][-1],
-                          run["loss"].max() - base["loss"].max()])
-            pace.append(tokens_to_reach(run["tokens"], run["unweighted"], base["unweighted"][-1]) / base["tokens"][-1])
+            delta.append([run["unweighted"][-1] - base["unweighted"][-1], run["weighted"][-1] - base["weighted"][-1]])
             ends = [runs[name, seed] for name in FRONT if (name, seed) in runs]
             line = np.array([[end["weighted"][-1], end["unweighted"][-1]] for end in ends])
             front.append(behind_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
         delta = np.array(delta)
         points[mixture] = delta
         print(f"| {label} | {', '.join(map(str, better))} | " + " | ".join(spread(column) for column in delta.T) +
-              f" | {spread(pace).lstrip('+')} | {'' if mixture in FRONT else spread(front)} |")
+              f" | {'' if mixture in FRONT else spread(front)} |")
     print("\n| paired over seeds | mean loss | token-weighted mean | in standard errors |\n|" + " --- |" * 4)
     for one, other in PAIRS:
         both = [seed for seed in seeds if (one, seed) in runs and (other, seed) in runs]
@@ -194,7 +186,7 @@ def draw(path, points, title):
     axes.plot(front[:, 1], front[:, 0], color="grey", marker="o", label="temperatures, 1 (natural) to 0 (uniform)")
     for marker, mixture in zip("sD^vPX<", (name for name in points if name not in FRONT)):
         delta = points[mixture]
-        error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(3)
+        error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(2)
         axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker=marker, linestyle="",
                       label=LABELS[mixture])
     axes.axhline(0, color="lightgrey", zorder=0)
