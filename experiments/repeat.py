@@ -21,6 +21,7 @@ FILES = {  # label: epochs of natural proportions, file
     "demo, 4 epochs": (4, "repeat-demo-4"), "demo, 16 epochs": (16, "repeat-demo-16"),
     "demo, 16 epochs, other text": (16, "repeat-demo-16b"), "twelve, 16 epochs": (16, "repeat-twelve-16"),
 }
+MIXTURES = ("temperature-0.7", "uniform+natural", "uniform", "unimax-4", "unimax-8", "unimax-32", "doremi")
 SEEDS = (10, 20, 30)
 OWN_EPOCHS = (0, 2, 5, 10, 20, 30, 50, 100)  # edges
 
@@ -29,6 +30,7 @@ OWN_EPOCHS = (0, 2, 5, 10, 20, 30, 50, 100)  # edges
 class Group:
     """The runs of one data set; what differs is from natural of the same seed."""
 
+    domains: list
     epochs: float  # of natural proportions
     natural: np.ndarray  # (K,)
     weights: dict  # mixture: (K,), mean over seeds
@@ -39,8 +41,8 @@ class Group:
 def read_group(epochs, name):
     lines = [json.loads(text) for text in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
     base = {line["seed"]: line for line in lines if line["mixture"] == "natural"}
-    group = Group(epochs, np.array(lines[0]["natural"]), {}, {}, {})
-    for mixture in (name for name in LABELS if name != "natural"):
+    group = Group(lines[0]["domains"], epochs, np.array(lines[0]["natural"]), {}, {}, {})
+    for mixture in MIXTURES:
         here = [line for line in lines if line["mixture"] == mixture and line["seed"] in SEEDS and line["seed"] in base]
         if here:
             group.weights[mixture] = np.mean([line["weights"] for line in here], axis=0)
@@ -84,11 +86,12 @@ def report_tilts(group):
     whole = [line["answer"] for line in lines if line["run"].startswith("1600-natural") and "answer" in line]
     tilts = [np.log(weights / group.natural) for weights in (group.weights["doremi"], np.mean(whole, axis=0))]
     print(f"\nDoReMi's tilt at {group.epochs} epochs with that of the whole data: correlation "
-          f"{correlation(*tilts):.2f}, standard deviations {tilts[0].std():.2f} and {tilts[1].std():.2f}")
+          f"{correlation(*tilts):.2f}")
+    print(", ".join(f"{name} {one:+.2f} ({other:+.2f})" for name, one, other in zip(group.domains, *tilts)))
 
 
 def draw(path, groups):
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharex=True, sharey=True)
     looks = {"temperature-0.7": ("tab:blue", "o"), "uniform+natural": ("tab:orange", "s"), "uniform": ("tab:red", "^"),
              "doremi": ("tab:green", "D")}
     for mixture, (colour, marker) in looks.items():
@@ -101,7 +104,7 @@ def draw(path, groups):
                            marker=marker, capsize=3, label=LABELS[mixture])
     for panel, name in zip(axes, ("mean loss", "token-weighted mean loss")):
         panel.axhline(0, color="grey", linewidth=1)
-        panel.set(xscale="log", xlabel="epochs of natural proportions", ylabel=f"{name} (nats), change from natural")
+        panel.set(xscale="log", xlabel="epochs of natural proportions", ylabel="change from natural (nats)", title=name)
         panel.set_xticks([group.epochs for group in groups], [f"{group.epochs:.2g}" for group in groups])
         panel.minorticks_off()
     axes[0].legend(fontsize=8)
@@ -110,7 +113,7 @@ def draw(path, groups):
 
 
 if __name__ == "__main__":
-    groups = {label: read_group(*place) for label, place in FILES.items()}
+    groups = {label: read_group(*place) for label, place in FILES.items() if (RESULTS / f"{place[1]}.jsonl").exists()}
     report(groups)
     report_domains(groups)
     report_tilts(groups["demo, 16 epochs"])
