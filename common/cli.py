@@ -71,6 +71,10 @@ def run(main):
         sys.exit(2)
 
 
+def print_anywhere(text, file=None):
+    print(text, file=file or sys.stdout, flush=True)
+
+
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 WORD = re.compile(rf"(?:{QUOTED.pattern}|[^\s'\"])+(?=\s|$)")
 
@@ -85,10 +89,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.files = []
 
     def parse_known_args(self, args=None, namespace=None):
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            words += self.words_of_file(word[1:]) if word.startswith("@") else [word]
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(self.expand(sys.argv[1:] if args is None else args), namespace)
+
+    def expand(self, words):
+        """Put the words of a file in the place of @FILE."""
+        found = []
+        for word in words:
+            found += self.expand(self.words_of_file(word[1:])) if word.startswith("@") else [word]
+        return found
 
     def words_of_file(self, name):
         self.files.append(name)

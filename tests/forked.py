@@ -160,9 +160,9 @@ def note(path):
                             for t in [getattr(p, "to_local", p.detach)()])
         return clip(model, *args)
 
-    def noted_close(run, last):
+    def noted_close(*args):
         torch.save(notes, path)
-        close(run, last)
+        close(*args)
 
     def noted_wait(method, original):
         def replacement(self, *args):
