@@ -135,7 +135,9 @@ def setup(args):
     device = pick_device(args.device)
     if device.type == "cuda":
         if world_size > 1:
-            device = pick_device(f"cuda:{local_rank}")
+            alone = torch.cuda.device_count() == 1  # Slurm's --gpus-per-task shows every process its own card only
+            device = pick_device(f"cuda:{0 if alone else local_rank}")
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     if args.dtype == "auto":  # float32 on CPUs: not all multiply bfloat16, and runs should agree between them
         multiplies = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
