@@ -39,7 +39,7 @@ class Cards:
 
 
 CARDS = Cards()
-STATE = {"index": 0, "launched": 0, "sync_debug_mode": "default", "nccl": False}
+STATE = {"index": 0, "launched": 0, "sync_debug_mode": "default", "nccl": False, "meta": False}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 
 
@@ -126,7 +126,7 @@ def dispatch(func, types, args, kwargs):
     held_args = taken_off(args, cards, others)
     held_kwargs = {key: taken_off(value, cards, others) for key, value in kwargs.items()}
     name, target = func._schema.name.partition("::")[2], kwargs.get("device")
-    no_meta = _device.CURRENT_DEVICE is None and all(t.device.type != "meta" for t in others)
+    no_meta = not STATE["meta"] and all(t.device.type != "meta" for t in others)
     if target is not None and target.type == "meta" and no_meta:
         target = current()  # C++ asks for a tensor where one of the cards' is
     check_places(func, name, cards, others, target)
@@ -273,6 +273,17 @@ def pretend_tensors():
     torch.compile = lambda model=None, **_: model
     torch.nn.Module.compile = lambda *_, **__: None
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch_function = _device.DeviceContext.__torch_function__
+
+    def noted(self, *args):
+        """Tell torch.device("meta") from C++, which takes a card's tensor for one on the meta device."""
+        STATE["meta"] = self.device.type == "meta"
+        try:
+            return torch_function(self, *args)
+        finally:
+            STATE["meta"] = False
+
+    _device.DeviceContext.__torch_function__ = noted
 
 
 def pretend_mps():

@@ -44,7 +44,7 @@ def launch(tmp_path_factory):
 
 def python(code, status=0, log=None):
     """Run code in a process that sees the card; return what it prints."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), WITH_CARD.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env={**WITH_CARD, "PYTHONPATH": path}, cwd=ROOT, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == status, (log.read_text() if log else "") + done.stderr
