@@ -38,7 +38,6 @@ TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_em
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long forms: every split, many kills, more seeds")
-    parser.addoption("--device", default="cuda", help="of test_cuda.py; cpu tries its code without a card")
 
 
 def pytest_runtest_setup(item):

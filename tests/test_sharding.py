@@ -97,17 +97,6 @@ def test_recomputed_activations_change_nothing(train, ranks):
     assert distance(model_of(plain), model_of(recomputed)) == 0
 
 
-def test_nothing_waits_between_log_lines(train, tmp_path):
-    """Of both scripts on two ranks: numbers are read off tensors at steps 3 and 6, where lines, evaluations and
-    checkpoints are; never between."""
-    reference, notes = train("--dtype=float32", ranks=2)
-    run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={tmp_path}/proxy", "--log_interval=3",
-               "--no-compile", "--eval_interval=6", "--eval_windows=2", "--micro_batch_size=3", ranks=2,
-               record=f"{tmp_path}/notes")
-    for own in [*notes, *(torch.load(f"{tmp_path}/notes.{rank}", weights_only=True) for rank in range(2))]:
-        assert {step for step, _ in own["waits"] if step} == {3, 6}
-
-
 def test_rank_0_alone_needs_the_checkpoint(tmp_path, data_dir):
     """Two nodes without a shared disk: rank 0 has the checkpoint of step 4, rank 1 has nothing."""
     flags = [*TINY, f"--data_dir={data_dir}"]
