@@ -9,7 +9,6 @@ Dimensions: K domains, B sequences of the global batch, T tokens of a window (bl
 
 import contextlib
 import hashlib
-import urllib.parse
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from common.cli import UserError, shown
-from common.files import count, misfit, positive_count, read_json, sample_sha256
+from common.files import count, folder_name, misfit, positive_count, read_json, sample_sha256
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
 
@@ -124,11 +123,6 @@ def allow_open_files(n):
         most = n if hard == resource.RLIM_INFINITY else min(n, hard)
         if soft != resource.RLIM_INFINITY and soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def folder_name(domain):
-    """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
-    return urllib.parse.quote(domain, safe=" ()")
 
 
 def map_windows(path, size, n_tokens, dtype, block_size):

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import urllib.parse
 import uuid
 from pathlib import Path
 
@@ -136,6 +137,11 @@ def sample_sha256(path, size):
             file.seek(i * (size - SAMPLE_BYTES) // (SAMPLES - 1))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def folder_name(domain):
+    """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
+    return urllib.parse.quote(domain, safe=" ()")
 
 
 # ---- writing: a file or a folder appears whole or not at all ----

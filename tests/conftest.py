@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import sample_sha256
+from common.files import folder_name, sample_sha256
 from common.run import identity
 from common.tokenizer import load_tokenizer
-from sampler import Sampler, folder_name, load_dataset
+from sampler import Sampler, load_dataset
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 64

@@ -1,4 +1,4 @@
-"""common/corpus.py: which files of a folder belong to which domain, and what in them is a document."""
+"""prepare.py: which files of a folder belong to which domain, and what in them is a document."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from conftest import TEXTS, prepare_in, read_set, refused, sides, write_rows, write_texts
 
 from common.cli import UserError
-from common.corpus import domain_entries, mixed_rows
+from prepare import domain_entries, mixed_rows
 
 
 def make(root, names):

@@ -129,7 +129,7 @@ def test_max_bytes_keeps_proportions(tmp_path):
 
 def test_max_bytes_estimates_large_files(tmp_path, monkeypatch):
     """The text of a large file is estimated from its beginning: here from a tenth, to 4%."""
-    monkeypatch.setattr("common.corpus.MEASURED", 200_000)
+    monkeypatch.setattr("prepare.MEASURED", 200_000)
     texts = [prose(200, number) for number in range(2000)]
     write_texts(tmp_path / "a.jsonl", texts)
     write_texts(tmp_path / "a.jsonl.gz", texts)

@@ -19,18 +19,19 @@ meta.json says how many of its tokens are for training (train_tokens) and how ma
 
 import argparse
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from common.cli import ArgumentParser, UserError, positive, print_anywhere, run
-from common.corpus import HELD_OUT, files_by_domain, visible
-from common.files import staged
+from common.files import folder_name, staged
 from common.tokenizer import load_tokenizer
-from prepare import check_domain_name, print_table, write_meta
-from sampler import folder_name
+from prepare import HELD_OUT, check_domain_name, files_by_domain, print_table, visible, write_meta
 from tools.token_files import BLOCK, inspect, read_blocks, settle
 
 DATA = re.compile(r"((_text)?(_document|_sentence))?\.(bin|ds|parquet)$")
