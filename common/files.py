@@ -136,6 +136,9 @@ def sample_sha256(path, size):
     return digest.hexdigest()
 
 
+DATA_FORMAT = 1  # of a data set: of meta.json and of what it lists
+
+
 def folder_name(domain):
     """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
     return urllib.parse.quote(domain, safe=" ()")
@@ -181,9 +184,9 @@ def staged(out_dir):
     touched. Where the last step fails the folder stays: it may be the work of hours.
     """
     target = Path(os.path.abspath(out_dir))
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     if os.path.lexists(target):
         raise UserError(f"{out_dir}: exists already; delete it, or choose another place")
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     for other in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         print_anywhere(f"{other}: is of a run that was killed, or is still being written; in the first case, delete it")
     try:

@@ -59,8 +59,8 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
                          **{f"{split}_sha256": sample_sha256(directory / name / f"{split}.bin", 2 * len(ids))
                             for split, ids in (("train", train), ("val", val))}}
     (directory / "meta.json").write_text(json.dumps(
-        {"tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size, "eot_token": 0,
-         "dtype": "uint16", "domains": domains}))
+        {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size,
+         "eot_token": 0, "dtype": "uint16", "domains": domains}))
     return directory
 
 
