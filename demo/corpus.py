@@ -13,6 +13,7 @@ import doctest
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import random
 import re
 import sys
@@ -112,10 +113,10 @@ def sources(domain, packages, pattern):
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        raise UserError("usage: python demo/corpus.py OUT_DIR")
-    seen = set()
-    with staged(sys.argv[1]) as staging:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-") or "://" in sys.argv[1]:
+        raise UserError("usage: python demo/corpus.py OUT_DIR, a folder to make on a disk of this machine")
+    out_dir, seen = os.path.expanduser(sys.argv[1]), set()
+    with staged(out_dir) as staging:
         for domain, (millions, packages, pattern) in DOMAINS.items():
             kept, left, found = [], round(millions * 1e6), list(sources(domain, packages.split(), pattern))
             for rank, source in enumerate(found):
@@ -132,7 +133,7 @@ def main():
                     if share <= 0:
                         break
             (staging / f"{domain}.txt").write_text("".join(kept), encoding="utf-8", newline="\n")
-            print_anywhere(f"{sys.argv[1]}/{domain}.txt: {sum(map(len, kept)) / 1e6:.1f} million characters")
+            print_anywhere(f"{out_dir}/{domain}.txt: {sum(map(len, kept)) / 1e6:.1f} million characters")
 
 
 if __name__ == "__main__":

@@ -51,12 +51,13 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     directory = Path(directory)
     domains = {}
     for name, (train, val) in streams.items():
-        (directory / name).mkdir(parents=True)
+        folder = directory / folder_name(name)
+        folder.mkdir(parents=True)
         for split, ids in (("train", train), ("val", val)):
-            np.asarray(ids, dtype="<u2").tofile(directory / name / f"{split}.bin")
+            np.asarray(ids, dtype="<u2").tofile(folder / f"{split}.bin")
         domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
                          "train_bytes": 3 * len(train), "val_bytes": 3 * len(val),
-                         **{f"{split}_sha256": sample_sha256(directory / name / f"{split}.bin", 2 * len(ids))
+                         **{f"{split}_sha256": sample_sha256(folder / f"{split}.bin", 2 * len(ids))
                             for split, ids in (("train", train), ("val", val))}}
     (directory / "meta.json").write_text(json.dumps(
         {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size,

@@ -1,7 +1,9 @@
 """Data and tokenizers as other tools make them: Parquet, zstd, the hub, tokenizer.json, and files of token ids."""
 
 import functools
+import itertools
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -25,7 +27,7 @@ from conftest import (
 
 import sampler
 from common.cli import UserError
-from common.tokenizer import load_tokenizer
+from common.tokenizer import data_tokenizer, load_tokenizer
 
 UNICODE = ["", "\n\n \t\r\n", "naïve café", "漢字かな交じり文", "e\u0301 vs é", "עברית", "x" * 5000, "don't I'LL",
            "\x00\x7f", "\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f", "\U0001d518 ½", "\u200b\ufeff\u2028", "1234"]
@@ -78,6 +80,61 @@ def test_end_of_text_token_of_a_tokenizer_json(tmp_path, special, ordinary, expe
     else:
         assert load_tokenizer(path).eot == expected
     assert load_tokenizer(path, special[0]).eot == 0
+
+
+def test_a_tokenizer_json_with_dropout_gives_one_answer(tmp_path, hf_tokenizer):
+    content = json.loads(hf_tokenizer.read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    expected = load_tokenizer(str(hf_tokenizer)).encode(TEXTS[0].encode()).tolist()
+    dropping = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert all(dropping.encode(TEXTS[0].encode()).tolist() == expected for _ in range(9))
+
+
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>", "[UNK]", "?"])
+def test_characters_that_a_tokenizer_json_lacks(tmp_path, unknown):
+    """It has those of ASCII alone: text in others is refused, however it stands for them, and a few are let pass."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown, fuse_unk=True))
+    names = ["<|endoftext|>", *([unknown] if unknown and unknown.startswith("[") else [])]
+    bpe.train_from_iterator([chr(i) for i in range(10, 127)], tokenizers.trainers.BpeTrainer(special_tokens=names))
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    for name, word in ("few", "plain " * 40), ("many", ""):
+        write_texts(tmp_path / name / "good.jsonl", [f"plain {n}" for n in range(200)])
+        write_texts(tmp_path / name / "web.jsonl", [f"{word}{n} 漢字" for n in range(200)])
+    prepare_in(tmp_path, "few --tokenizer=tokenizer.json")
+    refused(tmp_path / "many", ["'web'", "tokenizer.json loses"], "prepare.py", "many", "--tokenizer=tokenizer.json",
+            cwd=tmp_path)
+
+
+def test_a_home_directory_and_remote_addresses(tmp_path, monkeypatch, hf_tokenizer):
+    """The shell leaves ~ alone behind =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_texts(tmp_path / "raw/a.jsonl")
+    shutil.copy(hf_tokenizer, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    prepare_in(tmp_path / "elsewhere", "~/raw --out_dir=~/data/set --tokenizer=~/tokenizer.json")
+    bare(tmp_path, "tokens/a.bin")
+    prepare_in(tmp_path / "elsewhere", "~/tokens --out_dir=~/data/linked --tokenizer=bytes", script="tools/link.py")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"set", "linked"}
+    for script, flag in itertools.product(("prepare.py", "tools/link.py"), (
+            ["s3://a/raw"], ["raw", "--out_dir=gs://a/b"], ["raw", "--tokenizer=https://a/tokenizer.json"])):
+        said = run_here(script, "--tokenizer=bytes", *flag, status=2, cwd=tmp_path / "elsewhere").stderr
+        assert flag[-1].split("=")[-1] in said and "remote" in said
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer):
+    write_texts(tmp_path / "raw/a.jsonl")
+    for spec, name in (hf_tokenizer, "tokenizer.json"), ("train:300", "tokenizer.tiktoken"):
+        prepare_in(tmp_path, f"raw --tokenizer={spec} --out_dir={name}.d")
+        data, path = sampler.load_dataset(tmp_path / f"{name}.d", 16), tmp_path / f"{name}.d" / name
+        assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(UserError, match="damaged|made with"):
+            data_tokenizer(data)
+        path.unlink()
+        with pytest.raises(UserError, match="is gone"):
+            data_tokenizer(data)
 
 
 def as_parquet(path, rows):
