@@ -66,7 +66,8 @@ def load_tokenizer(spec, eot_token=None, sample=None):
         raise UserError(f"--tokenizer={spec}: cannot be read ({error.strerror or type(error).__name__}); without a "
                         "network, set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
     except ValueError as error:
-        raise UserError(f"--tokenizer={spec}: its download is damaged ({shorter(error)}); download it again") from None
+        raise UserError(f"--tokenizer={spec}: cannot be used ({shorter(error)}); if its download is damaged, repeat it"
+                        ) from None
     known = ", ".join(["bytes", "train:N", "FILE.tiktoken", "FILE.json", *tiktoken.list_encoding_names()])
     raise UserError(f"--tokenizer={spec}: unknown; expected one of {known}")
 
@@ -74,12 +75,11 @@ def load_tokenizer(spec, eot_token=None, sample=None):
 def data_tokenizer(dataset):
     """The Tokenizer that a data set was made with.  Raises UserError."""
     spec, eot = dataset.meta["tokenizer"], None
-    files = sorted(Path(dataset.directory).glob("tokenizer.*"))
-    if files:
-        spec = str(files[0])
-    elif spec.startswith("train:") or spec.endswith((".json", ".tiktoken")):
-        raise UserError(f"{dataset.directory}: its tokenizer ({spec}) is gone; put the file tokenizer.json or "
-                        "tokenizer.tiktoken back beside meta.json")
+    if spec.startswith("train:") or spec.endswith((".json", ".tiktoken")):
+        file = next(Path(dataset.directory).glob("tokenizer.*"), None)
+        if not file:
+            raise UserError(f"{dataset.directory}: its tokenizer.json or tokenizer.tiktoken is gone; put it back")
+        spec = str(file)
     if spec.endswith(".json"):
         eot = parse_json(spec, Path(spec).read_bytes()).id_to_token(dataset.meta["eot_token"])
     tokenizer = load_tokenizer(spec, eot)
@@ -137,18 +137,17 @@ def from_tiktoken(encoding):
 
 def parse_json(spec, data):
     """Return the tokenizers.Tokenizer of a tokenizer.json, without what makes its ids depend on more than the text."""
+    tokenizers = optional("tokenizers", f"--tokenizer={spec}")
     try:
-        tokenizer = optional("tokenizers", f"--tokenizer={spec}").Tokenizer.from_buffer(data)
-    except UserError:
-        raise
+        tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no other class
         raise UserError(f"--tokenizer={spec}: not a tokenizer.json, or a damaged one ({shorter(error)}); download it "
                         "again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # names of special tokens are text
-    if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None  # of merges, which is for training: it gives other ids each time
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None  # it gives other ids each time
     return tokenizer
 
 

@@ -130,7 +130,7 @@ def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer):
         data, path = sampler.load_dataset(tmp_path / f"{name}.d", 16), tmp_path / f"{name}.d" / name
         assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
         path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(UserError, match="damaged|made with"):
+        with pytest.raises(UserError, match=r"damaged|made with"):
             data_tokenizer(data)
         path.unlink()
         with pytest.raises(UserError, match="is gone"):
@@ -240,32 +240,32 @@ PADDED = [np.append(ids, np.full(80 - len(ids), EOT)) for ids in DOCUMENTS]
 MASKS = [np.arange(80) <= len(ids) for ids in DOCUMENTS]  # of the document and the first of these
 
 
-@pytest.mark.parametrize("write, documents", [
-    (lambda folder: rows(folder, "a.parquet", DOCUMENTS), 2100),
-    (lambda folder: rows(folder, "a.parquet", [np.append(EOT, ids) for ids in DOCUMENTS]), 2100),
-    (lambda folder: rows(folder, "a.parquet", ENDED), 2100),
-    (lambda folder: rows(folder, "a.parquet", PADDED, masks=MASKS), 2100),
-    (lambda folder: rows(folder, "a.parquet", [ids[::-1] for ids in PADDED], masks=[m[::-1] for m in MASKS]), 2100),
+@pytest.mark.parametrize("write, named", [
+    (lambda folder: rows(folder, "a.parquet", ENDED), None),
+    (lambda folder: rows(folder, "a.parquet", [np.append(EOT, ids) for ids in DOCUMENTS]), None),
+    (lambda folder: rows(folder, "a.parquet", PADDED, masks=MASKS), None),
+    (lambda folder: rows(folder, "a.parquet", [ids[::-1] for ids in PADDED], masks=[m[::-1] for m in MASKS]), None),
+    (lambda folder: megatron(folder, "a", documents=ENDED), None),
     (lambda folder: rows(folder, "a.parquet", PADDED), "attention_mask"),
-    (lambda folder: rows(folder, "a.parquet", LONE), "--append-eod"),  # documents, or packed?
-    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "--append-eod"),  # pieces of what?
-    (lambda folder: megatron(folder, "a", documents=DOCUMENTS), 2100),
-    (lambda folder: megatron(folder, "a", documents=ENDED[:9] + DOCUMENTS[9:]), "--append-eod")])
-def test_documents_that_only_an_index_or_rows_tell(tmp_path, write, documents):
-    """One decision for the domain: insert nothing, or end of text where no document has any, or say what is wrong."""
+    (lambda folder: bare(folder, "a.bin", np.concatenate(PADDED)), "attention_mask"),
+    (lambda folder: rows(folder, "a.parquet", DOCUMENTS), "--append-eod"),
+    (lambda folder: rows(folder, "a.parquet", LONE), "--append-eod"),
+    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "none is end of text"),  # pieces of what?
+    (lambda folder: megatron(folder, "a", documents=DOCUMENTS), "--append-eod"),
+    (lambda folder: megatron(folder, "a", documents=DOCUMENTS[9:] + ENDED[:9]), "--append-eod")])
+def test_documents_must_be_marked(tmp_path, write, named):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw")
-    if documents != 2100:
-        refused(tmp_path, [documents], "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
+    if named:
+        refused(tmp_path / "raw", [named], "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
         return
     prepare_in(tmp_path, "raw --tokenizer=bytes", script="tools/link.py")
     entry = json.loads((tmp_path / "data/raw/meta.json").read_text())["domains"]["a"]
     train, val = (np.fromfile(tmp_path / f"data/raw/a/{side}.bin", "<u2")[: entry[f"{side}_tokens"]]
                   for side in ("train", "val"))
     ids = np.concatenate([train, val])
-    assert entry["train_documents"] + entry["val_documents"] == documents and (ids == EOT).sum() == documents
-    content = ids[ids != EOT].tolist()
-    assert sorted(content) == sorted(np.concatenate(DOCUMENTS)) and val[0] == EOT
+    assert entry["train_documents"] + entry["val_documents"] == (ids == EOT).sum() == 2100 and val[0] == EOT
+    assert sorted(ids[ids != EOT].tolist()) == sorted(np.concatenate(DOCUMENTS))
 
 
 def losses_on(data, out):

@@ -9,12 +9,12 @@ reads   INPUT, a directory with one entry per domain:
 writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer if it came from a file
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
---tokenizer must be the one that made the ids. A domain of one file of uint16 or (u)int32 ids is linked; several files,
-rows, and documents without end of text are copied. Nothing is guessed: an index or metadata tells the type of the ids;
-bare ids are of the widest type in which all of a domain's are tokens. Unless a file named val is, the last documents of
-a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its end, so meta.json says how
-many of its tokens are for training (train_tokens) and how many bytes the file must have (train_file_bytes). train_bytes
-is null: counting it would mean decoding everything.
+--tokenizer must be the one that made the ids, with end of text before or after each document. A domain of one file of
+uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. Nothing is guessed: an index or metadata
+tells the type of the ids; bare ids are of the widest type in which all of a domain's are tokens. Unless a file named
+val is, the last documents of a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its
+end, so meta.json says how many of its tokens are for training (train_tokens) and how many bytes the file must have
+(train_file_bytes). train_bytes is null: counting it would mean decoding everything.
 """
 
 import re
@@ -49,7 +49,7 @@ BLOCK = 1 << 22  # tokens read at once
 class Source:
     path: Path
     dtype: np.dtype | None = None  # of its ids; None: rows of Parquet, or not known yet
-    lengths: np.ndarray | None = None  # tokens of each document, if an index tells
+    documents: int | None = None  # if an index tells, or rows of different lengths
 
     def ids(self):
         size = self.path.stat().st_size
@@ -64,11 +64,21 @@ class Source:
         ids = self.ids()
         return all(ids[start : start + BLOCK].max() < vocab_size for start in range(0, len(ids), BLOCK))
 
+    def blocks(self):
+        """Yield all ids, some at a time."""
+        if self.path.suffix == ".parquet":
+            yield from (ids for ids, _ in read_parquet(self.path))
+        else:
+            ids = self.ids()
+            yield from (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
+
 
 def inspect(path, bare):
     """Find out a file's format.  bare: the type of ids of which nothing tells, if --dtype names it."""
     if path.suffix == ".parquet":
-        return Source(path)
+        lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in read_parquet(path))])
+        packed = (lengths[:-1] == lengths[:1]).all()  # the last may be shorter
+        return Source(path, documents=None if packed else len(lengths))
     if path.suffix == ".bin" and path.with_suffix(".idx").exists():
         return megatron(path, path.with_suffix(".idx"))
     if path.suffix == ".ds" and (source := datatrove(path)):
@@ -100,17 +110,17 @@ def megatron(path, index):
     if size != ends[-1] * dtype.itemsize:
         raise UserError(f"{path}: {size:,} bytes are not {ends[-1]:,} tokens of {dtype.itemsize} bytes; it is cut "
                         "short, or its index belongs to another file")
-    return Source(path, dtype, np.diff(ends[borders]))
+    return Source(path, dtype, documents - 1)
 
 
 def datatrove(path):
     """Return the Source of a .ds file, or None if nothing beside it tells the type of its ids.  Raises UserError."""
     size, index, metadata = path.stat().st_size, Path(f"{path}.index"), Path(f"{path}.metadata")
-    lengths, tokens, widths = None, [], set()
+    documents, tokens, widths = None, [], set()
     if index.exists():
-        ends = np.fromfile(index, "<u8").astype(np.int64)
-        lengths = np.diff(ends, prepend=0)
-        tokens.append(int(lengths.sum()))
+        ends = np.fromfile(index, "<u8")
+        documents = len(ends)
+        tokens.append(int(ends[-1:].sum()))
     if metadata.exists():  # "tokenizer|bytes of an id", or the tokenizer alone; then the number of tokens
         told = re.match(r".*?(?:\|(\d+))?\n(\d+)", metadata.read_text(errors="replace"))
         tokens.append(int(told[2]) if told else 0)
@@ -122,7 +132,7 @@ def datatrove(path):
         told = " and ".join(f"{width:g}" for width in sorted(widths))
         raise UserError(f"{path}: its index and metadata tell of ids of {told} bytes; expected 2 or 4, the same by "
                         "both; it is cut short, or they belong to another file")
-    return Source(path, np.dtype(f"<u{widths.pop():.0f}"), lengths) if widths else None
+    return Source(path, np.dtype(f"<u{widths.pop():.0f}"), documents) if widths else None
 
 
 def settle(sources, vocab_size):
@@ -135,24 +145,8 @@ def settle(sources, vocab_size):
             return
 
 
-def read_blocks(source):
-    """Yield (ids (n,), lengths (m,)) of m whole documents or rows; lengths is None where nothing tells of any."""
-    if source.path.suffix == ".parquet":
-        yield from parquet_blocks(source.path)
-        return
-    ids = source.ids()
-    if source.lengths is None:
-        yield from ((ids[start : start + BLOCK], None) for start in range(0, len(ids), BLOCK))
-        return
-    ends, first = np.cumsum(source.lengths), 0
-    while first < len(ends):
-        start = ends[first] - source.lengths[first]
-        last = max(first + 1, np.searchsorted(ends, start + BLOCK))
-        yield ids[start : ends[last - 1]], source.lengths[first:last]
-        first = last
-
-
-def parquet_blocks(path):
+def read_parquet(path):
+    """Yield (ids (n,), lengths (m,)) of m rows of input_ids, without padding."""
     compute = optional("pyarrow.compute", path)
     try:
         file = optional("pyarrow.parquet", path).ParquetFile(path)
@@ -183,13 +177,12 @@ class TokenFiles:
     domain: str
     train: list  # of Sources
     val: list
-    insert_eot: bool  # at the beginning of each document
 
     def linked_type(self):
         """The type of ids in the file that can be linked, or None."""
         source = self.train[0]
         plain = len(self.train) == 1 and source.dtype in (np.dtype("<u2"), np.dtype("<u4"))
-        return source.dtype if plain and not self.insert_eot else None
+        return source.dtype if plain else None
 
 
 def read_domain(domain, entry, paths, tokenizer, bare):
@@ -213,7 +206,7 @@ def read_domain(domain, entry, paths, tokenizer, bare):
     if not train:
         raise UserError(f"{entry}: holds no file for training; add one, or rename what is for training")
     settle(train + val, tokenizer.vocab_size)
-    return TokenFiles(domain, train, val, lacks_marks(domain, train + val, tokenizer.eot))
+    return TokenFiles(domain, train, val)
 
 
 def refuse_orphan(path):
@@ -222,52 +215,14 @@ def refuse_orphan(path):
         raise UserError(f"{path}: tells of {owner.name}, which is missing; bring it, or remove this one")
 
 
-def lacks_marks(domain, sources, eot):
-    """Tell whether documents have no end of text, so that it must be inserted: an index and rows know where they begin.
-
-    Raises UserError if only some have it, if rows without it are of one length, for they may be pieces of documents,
-    and if rows are padded with it.
-    """
-    documents = begin = end = padded = total = 0
-    equal = True
-    for source in sources:
-        known = [np.empty(0, np.int64)]
-        for ids, lengths in read_blocks(source):
-            if lengths is None:
-                break
-            lengths = lengths[lengths > 0]
-            ends, marks = np.cumsum(lengths), ids == eot
-            begin += int(marks[ends - lengths].sum())
-            end += int(marks[ends - 1].sum())
-            padded += int((marks[ends - 1] & marks[ends - 2] & (lengths > 1)).sum())
-            total += int(marks.sum())
-            known.append(lengths)
-        lengths = np.concatenate(known)
-        documents += len(lengths)
-        equal &= source.lengths is None and (lengths[:-1] == lengths[:1]).all()  # the last may be shorter
-    if padded > documents / 100:
-        raise UserError(f"domain {domain!r}: {padded:,} of {documents:,} rows end with id {eot}, end of text, several "
-                        "times: they are padded; keep their attention_mask beside input_ids, or cut the padding off")
-    if max(begin, end) >= 0.99 * documents or (equal and total):  # documents with marks, or packed rows
-        return False
-    if equal or total:
-        raise UserError(f"domain {domain!r}: of {documents:,} documents or rows {begin:,} begin and {end:,} end with "
-                        f"id {eot}, end of text, which occurs {total:,} times; check --tokenizer, or tokenize again "
-                        "with end of text after each document (Megatron: --append-eod)")
-    return True
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def copy(sources, file_name, tokenizer, dtype, insert_eot):
+def copy(sources, file_name, tokenizer, dtype):
     with open(file_name, "wb") as file:
         for source in sources:
-            for ids, lengths in read_blocks(source):
+            for ids in source.blocks():
                 check_ids(ids, tokenizer, source.path)  # before a narrower type could wrap them around
-                if insert_eot and lengths is not None:
-                    starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-                    ids = np.insert(ids.astype("<i8"), starts, tokenizer.eot)
                 file.write(ids.astype(dtype).data)
 
 
@@ -280,6 +235,22 @@ def check_ids(ids, tokenizer, path):
                 raise UserError(f"{path}: holds id {found}, but {tokenizer.name} has {tokenizer.vocab_size} tokens; "
                                 "name the tokenizer that made the data with --tokenizer, and the type of the ids with "
                                 "--dtype")
+
+
+def check_marks(ids, sources, eot):
+    """Raise UserError where end of text does not stand between documents: it is missing, or it pads rows."""
+    marks = twice = 0
+    for start in range(0, len(ids), BLOCK):
+        mark = ids[start : start + BLOCK] == eot
+        marks += int(mark.sum())
+        twice += int((mark[1:] & mark[:-1]).sum())
+    documents = sum(source.documents or 0 for source in sources)
+    if marks < 0.99 * documents:
+        raise UserError(f"{sources[0].path}: end of text, id {eot}, occurs {marks:,} times in {documents:,} documents; "
+                        "check --tokenizer, or tokenize again with it after each (Megatron: --append-eod)")
+    if twice > marks / 2:
+        raise UserError(f"{sources[0].path}: of {marks:,} ends of text, id {eot}, {twice:,} follow another: rows are "
+                        "padded with it; keep their attention_mask beside input_ids, or cut the padding off")
 
 
 def count_documents(ids, eot):
@@ -305,11 +276,13 @@ def link_domain(files, folder, tokenizer, dtype, max_val_tokens):
         train_path.symlink_to(files.train[0].path.resolve())
         check_ids(files.train[0].ids(), tokenizer, files.train[0].path)
     else:
-        copy(files.train, train_path, tokenizer, dtype, files.insert_eot)
-    copy(files.val, val_path, tokenizer, dtype, files.insert_eot)
+        copy(files.train, train_path, tokenizer, dtype)
+    copy(files.val, val_path, tokenizer, dtype)
     for path, sources in (train_path, files.train), (val_path, files.val):
         if sources and path.stat().st_size < 2 * dtype.itemsize:
             raise UserError(f"{sources[0].path}: holds no tokens; add some, or remove it")
+        if sources:
+            check_marks(np.memmap(path, dtype, mode="r"), sources, eot)
     ids = np.memmap(train_path, dtype, mode="r")
     end = len(ids)
     if not files.val:
