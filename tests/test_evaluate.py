@@ -12,9 +12,8 @@ import torch
 from conftest import contents, edit, printed, prose, refused, rehash, run_here, write_texts
 
 from common.run import load_finished
-from common.scores import accuracy, bits_per_byte, chance
-from common.tasks import encode_items, read_task, read_task_file
 from common.tokenizer import SPAN, from_merges
+from evaluate import accuracy, bits_per_byte, chance, encode_items, read_task, read_task_file
 from model import Transformer
 from sampler import load_dataset
 
@@ -106,17 +105,6 @@ def test_only_what_is_new_is_scored(place, tmp_path):
     checkpoint["model"]["norm.weight"] *= 2
     torch.save(checkpoint, run / "ckpt.pt")
     assert evaluate_again() != changed
-
-
-def test_compare_shows_what_was_scored(place, tmp_path):
-    """Of these parameters, on the same text; and the logged losses first."""
-    a, b = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "b"))
-    evaluated = run_here("evaluate.py", a, b).stdout.splitlines()
-    compared = run_here("compare.py", a, b).stdout
-    assert compared.startswith("last held-out loss") and "\n".join(evaluated[:-1]) in compared
-    edit(a / "evaluation/domains-data.json", lambda content: content.update(checkpoint="another"))
-    said = run_here("compare.py", a, b).stdout
-    assert evaluated[0] not in said and f"note: {a}/evaluation/domains-data.json is of another checkpoint" in said
 
 
 def test_tasks_of_ones_own(place, tmp_path):

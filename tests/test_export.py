@@ -14,9 +14,9 @@ import tiktoken
 import torch
 from conftest import edit, prose, refused, run_here, write_texts
 
-from common import scores
 from common.run import load_finished
 from common.tokenizer import PATTERN, load_tokenizer
+from evaluate import bits_per_byte
 from model import Transformer
 from sampler import load_dataset
 from tools import export_hf
@@ -163,7 +163,7 @@ def test_lm_eval_finds_the_same_bits_per_byte(place, tmp_path):
     run_here("evaluate.py", place / "run", *(f"--task_file={tmp_path / task}.jsonl" for task in rows))
     files = {task: place / f"run/evaluation/tasks-{task}.json" for task in rows}
     parts = {task: json.loads(file.read_text())["parts"][task] for task, file in files.items()}
-    ours = {task: scores.bits_per_byte(part) for task, part in parts.items()}
+    ours = {task: bits_per_byte(part) for task, part in parts.items()}
     size = np.mean([len(row["answer"].encode()) for row in rows["answers"]])
     theirs = {"documents": found["documents"], "answers": math.log2(found["answers"]) / size}
     print(ours, theirs)
