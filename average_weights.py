@@ -20,7 +20,7 @@ from common.cli import UserError
 from common.files import write_atomically
 from common.run import check_same, identity, load_finished
 
-TOO_SHORT = 0.25  # total variation between a run's halves; ours had 0.42 or more at 400 steps, 0.18 or less at 6,400
+TOO_SHORT = 0.3  # total variation between a run's halves; ours had 0.42 or more at 400 steps, 0.18 or less at 6,400
 
 # ---- the mathematics ----
 
@@ -126,7 +126,7 @@ def answer_table(answer):
     with np.errstate(divide="ignore"):
         add("ratio", answer.weights / answer.reference_weights, ".2f")
     add("last alpha", answer.alphas[:, -1].mean(axis=0))
-    return figures.align(columns)
+    return cli.align(columns)
 
 
 def trust(answer):
@@ -216,10 +216,10 @@ def main(argv=None):
     write_atomically(out_dir / "weights.json", json.dumps(weights_file(config, answer), indent=2) + "\n")
     with figures.style():
         figures.save(draw_answer(answer), finding(answer), setting, out_dir / "weights.png")
-    cli.print_anywhere("\n".join([figures.escaped(setting), "", *answer_table(answer), ""]))
+    cli.print_anywhere("\n".join([cli.escaped(setting), "", *answer_table(answer), ""]))
     for what, text in trust(answer).items():
-        cli.print_anywhere(figures.escaped(f"{what:19}{text}"))
-    cli.print_anywhere(f"\n{figures.escaped(finding(answer))}\nwritten: {out_dir / 'weights.json'}, weights.png")
+        cli.print_anywhere(cli.escaped(f"{what:19}{text}"))
+    cli.print_anywhere(f"\n{cli.escaped(finding(answer))}\nwritten: {out_dir / 'weights.json'}, weights.png")
 
 
 if __name__ == "__main__":

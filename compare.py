@@ -249,8 +249,8 @@ def size_notes(groups):
 def print_table(groups, measure, columns, lines):
     """columns: of change_table, perhaps with more rows; lines: what follows it."""
     versus = ", and its change from the baseline; * is lower" if len(groups) > 1 else ""
-    texts = [measure.title + versus, "", *figures.align(columns), "", *lines]
-    cli.print_anywhere("\n".join(map(figures.escaped, texts)) + "\n")
+    texts = [measure.title + versus, "", *cli.align(columns), "", *lines]
+    cli.print_anywhere("\n".join(map(cli.escaped, texts)) + "\n")
 
 
 def setting(groups):
@@ -280,7 +280,7 @@ def draw_changes(axes, groups, measure):
         series, names, marks = changes(groups, measure), names[1:], marks[1:]
         what = f"change of {what}"
         axes.axvline(0, color="0.45", linewidth=1)
-        axes.set_title(f"left of 0: better than {figures.escaped(groups[0].name)}")
+        axes.set_title(f"left of 0: better than {cli.escaped(groups[0].name)}")
     else:
         series = [(measure.values[0].mean(axis=0), deviation(measure.values[0]))]
     ranking = np.argsort(series[-1][0][: measure.parts], kind="stable")
@@ -364,10 +364,10 @@ def main(argv=None):
     with figures.style():
         figures.save(draw_logged(groups, curves, measure), lines[-1], f"{setting(groups)}; {measured_on}", path)
     print_table(groups, measure, columns, lines)
-    notes = [*size_notes(groups), f"these losses are on {measured_on}; evaluate.py scores more windows, per byte: where "
-             "changes are small, its verdict may be another"]
-    for note in notes:
-        cli.print_anywhere(figures.escaped(f"note: {note}"))
+    windows_note = (f"these losses are on {measured_on}; evaluate.py scores more windows, per byte: where changes are "
+                    "small, its verdict may be another")
+    for note in [*size_notes(groups), windows_note]:
+        cli.print_anywhere(cli.escaped(f"note: {note}"))
     cli.print_anywhere(f"written: {path}")
 
 

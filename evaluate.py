@@ -501,7 +501,7 @@ def main(argv=None):
         notes.append("compare.py's losses are on fewer windows, those of training, and per token: where changes are "
                      "small, its verdict may be another")
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):
-        cli.print_anywhere(figures.escaped(line))
+        cli.print_anywhere(cli.escaped(line))
     cli.print_anywhere(f"written: {path}")
 
 

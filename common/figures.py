@@ -1,11 +1,10 @@
-"""What the tables and the pictures share: columns, fonts, style, axes, rows of marks.
+"""What pictures share: fonts, style, axes, rows of marks.
 
 Names of domains and runs are text, whatever characters they have: never markup, and never left out.
 """
 
 import logging
 import os
-import unicodedata
 import warnings
 
 os.environ["MPLBACKEND"] = "agg"  # pictures are files; matplotlib refuses to be imported under a notebook's backend
@@ -16,6 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from common.cli import escaped, width
 from common.files import write_atomically
 
 BEFORE = {"color": "0.45", "marker": "o", "markerfacecolor": "white"}  # in every picture: the reference, the baseline
@@ -30,28 +30,6 @@ logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not ever
 TALLEST = 500  # inches: a picture has at most 65,535 rows of pixels
 
 # ---- text ----
-
-
-def escaped(text):
-    """Write the characters that cannot be shown as Python does: \\n, \\x07."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def align(columns):
-    """Return the lines of a table from columns of strings, the first flush left and the others flush right."""
-    columns = [[escaped(cell) for cell in column] for column in columns]
-    widths = [max(map(width, column)) for column in columns]
-    lines = []
-    for first, *others in zip(*columns):
-        cells = [first + " " * (widths[0] - width(first))]
-        cells += [" " * (space - width(cell)) + cell for space, cell in zip(widths[1:], others)]
-        lines.append("   ".join(cells))
-    return lines
-
-
-def width(text):
-    """Return the columns that a text takes on a terminal: Chinese characters take two, accents of their own none."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "FW") for c in text)
 
 
 def wrapped(text, columns):
