@@ -280,7 +280,7 @@ def draw_changes(axes, groups, measure):
         series, names, marks = changes(groups, measure), names[1:], marks[1:]
         what = f"change of {what}"
         axes.axvline(0, color="0.45", linewidth=1)
-        axes.set_title(f"left of 0: better than {cli.escaped(groups[0].name)}")
+        axes.set_title(f"left of 0: better than {figures.short([groups[0].name])[0]}")
     else:
         series = [(measure.values[0].mean(axis=0), deviation(measure.values[0]))]
     ranking = np.argsort(series[-1][0][: measure.parts], kind="stable")
@@ -301,9 +301,9 @@ def draw_curves(axes, curves, column):
         sd, passed = deviation(curve.loss[..., column]), tokens_to_reach(curve.step, mean, target)
         axes.fill_between(curve.step, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
         handles += axes.plot(curve.step, mean, markevery=[-1], **look)
-        if i > 0 and not np.isnan(passed):
-            axes.axvline(passed, ymax=0.07 * min(i, 9), color=look["color"])
-            place = passed, 0.07 * min(i, 9) - 0.05  # one above the other, where steps are close
+        if i > 0 and len(curves) < 8 and not np.isnan(passed):
+            axes.axvline(passed, ymax=0.07 * i, color=look["color"])
+            place = passed, 0.07 * i - 0.05  # one above the other, where steps are close
             axes.annotate(f"{passed:.0f} ", place, xycoords=("data", "axes fraction"), ha="right", fontsize=8,
                           color=look["color"])
     top = max(mean[np.searchsorted(curve.step, curve.step[-1] / 4)] for curve, mean in zip(curves, means))
@@ -327,7 +327,7 @@ def draw_logged(groups, curves, measure):
     axes["change"].set_yticklabels([])
     lines = draw_curves(axes["mean"], curves, MEAN)
     draw_curves(axes["worst"], curves, WORST)
-    figures.legend(figure, lines, [group.name for group in groups], loc="outside right upper")
+    figures.legend(figure, lines, [group.name for group in groups], loc="outside right center")
     return figure
 
 

@@ -435,7 +435,7 @@ def draw_scores(groups, measures):
     figure = figures.new(7 * len(measures) + 2, max(compare.height(groups, measure) for measure in measures))
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
         _, handles, names = compare.draw_changes(axes, groups, measure)
-    figures.legend(figure, handles, names, loc="outside right upper")
+    figures.legend(figure, handles, names, loc="outside right center")
     return figure
 
 

@@ -44,9 +44,10 @@ def wrapped(text, columns):
 
 def short(names, longest=28):
     """Return names that fit beside an axis: the middle of a long one is left out. Names that differ stay different."""
-    names = [escaped(name) for name in names]
-    half = longest // 2
-    cut = [name if len(name) <= longest else f"{name[:half]}...{name[-half:]}" for name in names]
+    cut = []
+    for name in map(escaped, names):
+        half = longest // 2 if width(name) == len(name) else longest // 4  # Chinese characters are twice as wide
+        cut.append(name if width(name) <= longest else f"{name[:half]}...{name[-half:]}")
     return [f"{name} ({i})" if cut.count(name) > 1 else name for i, name in enumerate(cut, start=1)]
 
 
