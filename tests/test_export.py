@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,13 @@ def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
     edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
     refused(tmp_path, ["unfinished (20 of 99 steps)"], "tools/export_hf.py", run, tmp_path / "new")
     refused(place, [f"{place}/hf"], "tools/export_hf.py", place / "run", place / "hf")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (100, 50_000):  # a disk that is full at the first file, and one within the parameters
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            refused(tmp_path, ["File too large", "free space"], "tools/export_hf.py", place / "run", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     refused(tmp_path, ["safetensors", "pip install"], "tools/export_hf.py", place / "run", tmp_path / "new")
 
