@@ -40,6 +40,11 @@ BATCH_TOKENS = 1 << 13  # per forward pass
 AGREE = 1e-3  # nats per token: how far the mean loss of a batch may be from that in float32
 COMPILED_FROM = 3e16  # floating-point operations: minutes on a fast card
 
+
+def sha256(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
 # ---- held-out text ----
 
 
@@ -49,14 +54,9 @@ class HeldOut:
 
     windows: np.ndarray  # (n, T + 1) token ids
     bytes_per_window: float
-    path: str
+    path: str  # of the file that they are from
     vocab_size: int
-
-    def sha256(self):
-        digest = hashlib.sha256(repr([self.windows.shape, self.bytes_per_window]).encode())
-        for start in range(0, len(self.windows), 1 << 14):
-            digest.update(np.ascontiguousarray(self.windows[start : start + (1 << 14)]))
-        return digest.hexdigest()
+    sha256: str  # of that file and of which windows are taken
 
     def n_tokens(self):
         return self.windows.size
@@ -87,8 +87,10 @@ def read_held_out(dataset, n_windows):
         n = min(n_windows or len(windows), len(windows))
         if n < len(windows):
             windows = windows[np.arange(n) * len(windows) // n]
-        path = f"{dataset.directory}/{folder_name(name)}/val.bin"
-        parts[name] = HeldOut(windows, float(dataset.block_size * density), path, dataset.vocab_size)
+        entry = dataset.meta["domains"][name]
+        parts[name] = HeldOut(
+            windows, float(dataset.block_size * density), f"{dataset.directory}/{folder_name(name)}/val.bin",
+            dataset.vocab_size, sha256([windows.shape, entry["val_tokens"], entry["val_bytes"], entry["val_sha256"]]))
     return parts
 
 
@@ -170,10 +172,7 @@ class Task:
     size: np.ndarray  # (answers,) bytes
     items: list  # (the right answer, [the wrong answers]), as places among the answers
     across: int  # answers whose first token begins in the context
-
-    def sha256(self):
-        scored = [self.windows, self.owner.tolist(), self.size.tolist(), self.items]
-        return hashlib.sha256(repr(scored).encode()).hexdigest()
+    sha256: str
 
     def n_tokens(self):
         return sum(len(ids) for ids, _ in self.windows)
@@ -224,7 +223,7 @@ def encode_items(items, tokenizer, T, name):
                 wrong.append(len(size))
             size.append(len(answer.encode()))
         places.append((right, wrong))
-    return Task(windows, np.array(owner), np.array(size), places, across)
+    return Task(windows, np.array(owner), np.array(size), places, across, sha256([windows, owner, size, places]))
 
 
 def common_start(before, whole):
@@ -290,7 +289,7 @@ class Job:
     def known(self, folder, checkpoint):
         """What the folder has of this job and these parameters: the content of its file, perhaps without all parts."""
         head = {"format": FORMAT, "kind": self.kind, "name": self.name, "checkpoint": checkpoint,
-                "sha256": {name: part.sha256() for name, part in self.parts.items()}}
+                "sha256": {name: part.sha256 for name, part in self.parts.items()}}
         try:
             before = json.loads(self.path(folder).read_text())
             if {name: before[name] for name in head} == head:
@@ -495,6 +494,9 @@ def main(argv=None):
     with figures.style():
         finding = [groups[0].name, *compare.verdicts(groups, shown[0])][-1]
         figures.save(draw_scores(groups, shown), finding, compare.setting(groups), path)
+    dtypes = {dtype for contents in known.values() for content in contents for dtype in content["dtype"].values()}
+    if dtypes != {"float32"}:
+        notes.append(f"scored in {' and '.join(sorted(dtypes))}, which agrees with float32 to {AGREE} nats per token")
     for each in shown:
         compare.print_table(groups, each, compare.change_table(groups, each), compare.verdicts(groups, each))
     if len(groups) > 1 and jobs[0].kind == "domains":

@@ -81,6 +81,18 @@ def test_all_held_out_windows(place, data):
     assert (place / "b/evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_some_of_the_windows(place, tmp_path):
+    """Spread evenly; the number is printed."""
+    every = run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'all'}").stdout
+    said = run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'some'}", "--eval_windows=3").stdout
+    n = 0
+    for name, part in scores(tmp_path / "all/a", "domains", "data").items():
+        bits = [part["bits"][j * len(part["bits"]) // 3] for j in range(3)]
+        assert scores(tmp_path / "some/a", "domains", "data")[name]["bits"] == pytest.approx(bits, rel=1e-6)
+        n += len(part["bits"])
+    assert f"all {n} held-out windows" in every and f"6 of {n} held-out windows" in said
+
+
 def test_only_what_is_new_is_scored(place, tmp_path):
     """Other parameters, another text and another part are new; bits that are there are taken as they are."""
     run, other = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "other"))
@@ -216,6 +228,10 @@ def test_what_cannot_be_evaluated(place, tmp_path):
     refused(place, ["--device=cuda:9"], "evaluate.py", place / "b", "--device=cuda:9")
     (tmp_path / "file").write_text("")
     refused(place, ["--out_dir"], "evaluate.py", place / "b", f"--out_dir={tmp_path / 'file'}")
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    (run / "evaluation").symlink_to(tmp_path / "unmounted")
+    edit(run / "config.json", lambda config: config["flags"].update(max_steps=4))
+    refused(tmp_path, ["evaluation", "a link to nowhere"], "evaluate.py", run)
 
 
 def test_a_context_longer_than_what_is_encoded_at_once():
