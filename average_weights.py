@@ -20,7 +20,9 @@ from common.cli import UserError
 from common.files import write_atomically
 from common.run import check_same, identity, load_finished
 
-TOO_SHORT = 0.3  # total variation between a run's halves; ours had 0.42 or more at 400 steps, 0.18 or less at 6,400
+# Above these a run is too short: total variation between its halves (ours: 0.42 or more at 400 steps, 0.18 or less at
+# 6,400), and mean total variation of its alpha from their average (0.5 at 300 steps, 0.3 at 3,000).
+HALVES, WANDER = 0.3, 0.4
 
 # ---- the mathematics ----
 
@@ -46,6 +48,11 @@ def between_seeds(answers):
 def between_halves(alpha):
     """Total variation between the averages over the two halves of alpha (T, K). An odd middle step is in both."""
     return total_variation(alpha[: (len(alpha) + 1) // 2].mean(axis=0), alpha[len(alpha) // 2 :].mean(axis=0))
+
+
+def wander(alphas, answers):
+    """Mean total variation of alpha (S, T, K) from its average over the steps (S, K)."""
+    return float(total_variation(alphas, answers[:, None]).mean())
 
 
 def effective_domains(p):
@@ -137,6 +144,7 @@ def trust(answer):
         "largest move": f"{move.max():.4f} from the reference's weight ({answer.domains[move.argmax()]})",
         "between seeds": seeds if len(answer.seeds) > 1 else "one seed only",
         "between halves": f"{between_halves(answer.alphas.mean(axis=0)):.3f} total variation",
+        "alpha to its mean": f"{wander(answer.alphas, answer.by_seed):.3f} total variation, mean over steps",
         "to the reference": f"{total_variation(answer.weights, answer.reference_weights):.3f} total variation",
         "to uniform": f"{total_variation(answer.weights, np.full(K, 1 / K)):.3f} total variation",
         "effective domains": f"{effective_domains(answer.weights):.2f} of {K}",
@@ -145,10 +153,9 @@ def trust(answer):
 
 def finding(answer):
     """What the answer says, in one line: that it says nothing yet, or its largest gain and its largest loss."""
-    halves = between_halves(answer.alphas.mean(axis=0))
-    if halves > TOO_SHORT:
-        return (f"Too short to trust: the two halves of the {answer.alphas.shape[1]:,} steps differ by {halves:.2f}. "
-                "Train the proxy for several thousand steps")
+    if between_halves(answer.alphas.mean(axis=0)) > HALVES or wander(answer.alphas, answer.by_seed) > WANDER:
+        return (f"Too short to trust: alpha still jumps between domains in these {answer.alphas.shape[1]:,} steps. "
+                "Train the proxy for several thousand")
     change = answer.weights - answer.reference_weights
     moves = []
     for i in change.argmax(), change.argmin():
@@ -209,9 +216,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config, answer = read_answer(args.runs)
     flags, block_size = config["flags"], config["model"]["block_size"]
+    seeds = "seed" + "s" * (len(answer.seeds) > 1)
     setting = (f"proxy of {config['n_params']:,} parameters, {flags['max_steps']:,} steps of {flags['batch_size']} x "
-               f"{block_size} tokens, tokenizer {config['data']['tokenizer']}, seeds "
-               f"{', '.join(map(str, answer.seeds))}")
+               f"{block_size} tokens, tokenizer {config['data']['tokenizer']}, {seeds} {', '.join(map(str, answer.seeds))}")
     out_dir = Path(args.out_dir or args.runs[0])
     write_atomically(out_dir / "weights.json", json.dumps(weights_file(config, answer), indent=2) + "\n")
     with figures.style():

@@ -285,7 +285,7 @@ def draw_changes(axes, groups, measure):
         series = [(measure.values[0].mean(axis=0), deviation(measure.values[0]))]
     ranking = np.argsort(series[-1][0][: measure.parts], kind="stable")
     parts = [measure.rows[i] for i in ranking]
-    rows = [(mean[ranking], sd[ranking], mark) for (mean, sd), mark in zip(series, marks)]
+    rows = [(mean[ranking], sd[ranking] if sd.any() else None, mark) for (mean, sd), mark in zip(series, marks)]
     handles = figures.draw_rows(axes, parts, rows)
     axes.locator_params(axis="x", nbins=7)
     axes.set_xlabel(figures.wrapped(what, 60))

@@ -109,7 +109,7 @@ def legend(place, handles, names, **options):
 def save(figure, finding, setting, path):
     """Write a picture, titled with the finding."""
     inches = figure.get_figwidth()
-    figure.suptitle(wrapped(finding, 9 * inches), weight="bold", fontsize=12)
+    figure.suptitle(wrapped(finding, 10 * inches), weight="bold", fontsize=12)
     figure.supxlabel(wrapped(setting, 14 * inches), fontsize=8, color="0.45")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # it is drawn as a box; the table has the name

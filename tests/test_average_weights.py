@@ -80,9 +80,10 @@ def test_numbers_on_trust(tmp_path):
 
 
 def test_a_run_that_is_too_short_is_judged(tmp_path):
-    """The halves' averages differ by 0.31 and 0.29 of the weights."""
-    for name, far, expected in (("short", 0.81, True), ("long", 0.79, False)):
-        said, _ = average(proxy_run(tmp_path / name, [[0.5, 0.25, 0.25], [far, 0.25, 0.75 - far]]))
+    """The halves' averages differ by 0.31 and 0.29 of the weights; or alpha jumps, in both of them."""
+    for i, (row, expected) in enumerate((([0.81, 0.19, 0], True), ([0.79, 0.21, 0], False), ([0, 1, 0], True))):
+        rows = [[0.5, 0.5, 0], row] if i < 2 else [[1, 0, 0], row] * 2
+        said, _ = average(proxy_run(tmp_path / str(i), rows))
         assert ("Too short to trust" in said) == expected and ("DoReMi raises" in said) != expected
 
 
