@@ -216,9 +216,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config, answer = read_answer(args.runs)
     flags, block_size = config["flags"], config["model"]["block_size"]
-    seeds = "seed" + "s" * (len(answer.seeds) > 1)
     setting = (f"proxy of {config['n_params']:,} parameters, {flags['max_steps']:,} steps of {flags['batch_size']} x "
-               f"{block_size} tokens, tokenizer {config['data']['tokenizer']}, {seeds} {', '.join(map(str, answer.seeds))}")
+               f"{block_size} tokens, tokenizer {config['data']['tokenizer']}, seed {', '.join(map(str, answer.seeds))}")
     out_dir = Path(args.out_dir or args.runs[0])
     write_atomically(out_dir / "weights.json", json.dumps(weights_file(config, answer), indent=2) + "\n")
     with figures.style():
