@@ -180,6 +180,7 @@ def write_atomically(path, content):
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
