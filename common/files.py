@@ -9,11 +9,17 @@ import shutil
 import signal
 import sys
 import uuid
+import warnings
 from pathlib import Path
 
 import filelock
 
 from common.cli import UserError, shown
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 # ---- reading: what a file says is checked once, here ----
 
@@ -139,6 +145,26 @@ def sample_sha256(path, size):
 
 
 # ---- writing: a file or a folder appears whole or not at all ----
+
+
+def hold(path):
+    """Open and lock a file for as long as this process lives.  Return it, or None where another process holds it.
+
+    Where a disk has no locks, as on some clusters, say so and go on.
+    """
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError as error:
+        warnings.warn(f"{path}: this disk has no file locks ({error.strerror}); nothing else must write there",
+                      stacklevel=2)
+    return file
 
 
 def write_atomically(path, content):
