@@ -99,11 +99,13 @@ MUTATIONS = [
     ("every step reads the gradient's norm", "self.last = tensors", "self.last = tensors; self.check_finite(step)"),
     ("ranks may differ", "identities = machine.gather_objects(self.identity)", "identities = [self.identity]")),
     *group("common/run.py", RESUME,
-    ("metrics behind the checkpoint are kept", 'if line["step"] <= step and "ended" not in line]', 'if "ended" not in line]'),
+    ("metrics behind the checkpoint are kept", 'if line["step"] <= step and "ended" not in line]',
+     'if "ended" not in line]'),
     ("a stopped run exits 0", "sys.exit(128 + (self.signal or signal.SIGTERM))", "pass")),
     *group("common/run.py", BAD_INPUT,
     ("what is not finite is saved", "if not tensor.isfinite().all()]", "if False]"),
-    ("a run is resumed under other flags", '[self.identity, checkpoint["identity"]],', "[self.identity, self.identity],")),
+    ("a run is resumed under other flags", '[self.identity, checkpoint["identity"]],',
+     "[self.identity, self.identity],")),
 ]
 
 
