@@ -263,7 +263,7 @@ def abandon_ranks(status):
 
 def keep_freed_memory():
     """Keep freed memory in the process: glibc gives large blocks back to the kernel, and the next step has to fault
-    them in again, page by page. This makes a step on a CPU 1.2 to 1.35 times faster (docs/performance.md)."""
+    them in again, page by page. This makes a step on a CPU 1.2 to 1.35 times faster."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap ...
