@@ -290,12 +290,12 @@ def pretend_mps():
     to = torch.Tensor.to
     torch.backends.mps.is_available = lambda: True
 
-    def to_mps(self, *args, non_blocking=False, **kwargs):
+    def to_mps(self, *args, **kwargs):
         """C++ refuses mps before it asks anybody."""
         words = [*args, *kwargs.values()]
         if not any(on_card(word) for word in words):
-            return to(self, *args, non_blocking=non_blocking, **kwargs)
-        if non_blocking:
+            return to(self, *args, **kwargs)
+        if True in words:  # non_blocking
             raise RuntimeError("MPS may read the memory after it was given back")
         dtypes = [word for word in words if isinstance(word, torch.dtype)]
         moved = self if isinstance(self, OnCard) else OnCard(self.detach().clone())
@@ -345,7 +345,7 @@ def pretend_nccl():
     dist.get_backend = c10d.get_backend = lambda *args: "nccl" if STATE["nccl"] else get_backend(*args)
     c10d._get_object_coll_device = lambda *_: str(current()) if STATE["nccl"] else "cpu"
     c10d._tensor_to_object = lambda tensor, *args: to_object(tensor.cpu(), *args)
-    torch.cuda.nccl.version = lambda: (2, 27, 3)
+    dist.is_nccl_available = c10d.is_nccl_available = lambda: True
 
 
 def pretend_sharding():
