@@ -29,6 +29,7 @@ import lzma
 import mmap
 import os
 import re
+import shlex
 import stat
 import unicodedata
 import zlib
@@ -48,9 +49,8 @@ from common.files import DATA_FORMAT, folder_name, parse_lines, sample_sha256, s
 from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_text, tokenizer_name
 
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
-SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains
+SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains; it is tried on a sixteenth
 MEASURED = 4 << 20  # bytes of a file of rows from which the size of all its text is estimated
-COMPARED = 1 << 16  # characters of a domain after which a loss in its tokens is judged
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
 MOST_DOMAINS = 2000
 SIDES = ("train", "val")
@@ -159,8 +159,8 @@ def check_domain_name(name, place, domains):
         raise UserError(f"{place}: {name!r} cannot name a domain, for it names a folder in OUT_DIR; choose another")
     other, where = domains.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, place))
     if (other, where) != (name, place):
-        raise UserError(f"domain {name!r} of {place} and {other!r} of {where} are the same or look alike; rename one, "
-                        "or put them together")
+        raise UserError(f"domain {name!r} of '{place}' and {other!r} of '{where}' are the same or look alike; rename "
+                        "one, or put them together")
 
 
 def refuse_held_out(folder, paths):
@@ -445,17 +445,17 @@ def text_hash(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little") / 2**56
 
 
-def sample_texts(documents, val_fraction):
-    """Yield training documents to train a tokenizer on, the same number of bytes from each domain.
+def sample_documents(documents, val_fraction, size):
+    """Yield (domain, bytes) of training documents, the same number of bytes from each domain.
 
-    Each of K domains gives SAMPLE / K bytes, or all it has: its documents of least hash, each cut off at 64 KB. So the
+    Each of K domains gives size / K bytes, or all it has: its documents of least hash, each cut off at 64 KB. So the
     sample is a function of the set of documents. Only what may still be in it is kept in memory.
     """
     heaps, sizes = defaultdict(list), Counter()  # per domain: (-hash, document), and their bytes
 
     def shorten(domain):
         heap = heaps[domain]
-        while sizes[domain] - len(heap[0][1]) >= SAMPLE // len(heaps):  # without the document of greatest hash
+        while sizes[domain] - len(heap[0][1]) >= size // len(heaps):  # without the document of greatest hash
             sizes[domain] -= len(heapq.heappop(heap)[1])
 
     for domain, data in documents:
@@ -466,7 +466,29 @@ def sample_texts(documents, val_fraction):
             shorten(domain)
     for domain in sorted(heaps):
         shorten(domain)
-        yield from (data.decode(errors="ignore") for _, data in sorted(heaps[domain], reverse=True))
+        yield from ((domain, data) for _, data in sorted(heaps[domain], reverse=True))
+
+
+def check_characters(tokenizer, documents):
+    """Encode and decode documents, and tell what is lost.  Raises UserError if it is above a hundredth of a domain.
+
+    Spaces that are added and other forms of the same characters are no loss.
+    """
+    total, lost = Counter(), defaultdict(Counter)
+    for domain, data in documents:
+        text = data.decode(errors="ignore")
+        decoded = tokenizer.decode(tokenizer.encode(text.encode()).tolist()).decode()
+        before, after = (unicodedata.normalize("NFKC", each) for each in (text, decoded))
+        total[domain] += len(before)
+        lost[domain] += Counter(before) - Counter(after)
+    for domain, characters in lost.items():
+        share = characters.total() / total[domain]
+        if characters:
+            words = (f"domain {domain!r}: {tokenizer.name} loses {share:.2%} of the characters, such as "
+                     f"{max(characters, key=characters.get)!r}")
+            if share > 0.01:
+                raise UserError(f"{words}; choose a tokenizer that has them, or one with byte fallback")
+            print_anywhere(words)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -482,8 +504,6 @@ class Bins:
     bytes: int = 0  # of text
     held_out: list = field(default_factory=list)  # (hash, ids, bytes of text)
     held_out_tokens: int = 0
-    compared: int = 0  # characters that were compared with what their ids decode to
-    lost: Counter = field(default_factory=Counter)  # those that did not come back
 
     def add(self, documents, args):
         """Add documents, (bytes, ids) pairs.  train.bin is open only meanwhile, for there may be many domains."""
@@ -503,18 +523,6 @@ class Bins:
             self.limit /= 2
             self.held_out = [document for document in self.held_out if document[0] < self.limit]
             self.held_out_tokens = sum(len(ids) for _, ids, _ in self.held_out)
-
-    def compare(self, data, text):
-        """Count the characters of a document that are not in the text that its ids decode to, whatever their form."""
-        before, after = (unicodedata.normalize("NFKC", part.decode()) for part in (data, text))
-        self.compared += len(before)
-        self.lost += Counter(before) - Counter(after)
-
-    def check_loss(self, domain, tokenizer):
-        lost = self.lost.total()
-        if lost > self.compared / 100:
-            raise UserError(f"domain {domain!r}: {tokenizer.name} loses {lost / self.compared:.1%} of its characters, "
-                            f"such as {self.lost.most_common(1)[0][0]!r}; choose one that has them, or byte fallback")
 
     def finish(self, domain, args):
         """Write val.bin, and return the domain's entry in meta.json.  Raises UserError for an empty side."""
@@ -545,13 +553,6 @@ def write_bins(documents, folder, tokenizer, dtype, args):
                 bins[domain] = Bins(folder / folder_name(domain), args.val_fraction)
                 bins[domain].folder.mkdir()
             bins[domain].add(part, args)
-            if tokenizer.encoding is None:  # a tokenizer.json: all others bring back every byte
-                for data, ids in part[: 1 + len(part) // 20]:
-                    bins[domain].compare(data, tokenizer.decode(ids.tolist()))
-                if bins[domain].compared >= COMPARED:
-                    bins[domain].check_loss(domain, tokenizer)
-    for domain, each in bins.items():
-        each.check_loss(domain, tokenizer)
     return {domain: bins[domain].finish(domain, args) for domain in sorted(bins)}
 
 
@@ -604,7 +605,8 @@ def print_table(domains, out_dir):
         counts = f"{entry['train_documents']:17,}{entry['train_tokens']:16,}{entry['val_tokens']:14,}"
         density = entry["val_bytes"] / entry["val_tokens"]
         print_anywhere(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
-    print_anywhere(f"next: python train_reference.py --data_dir={out_dir} --out_dir=checkpoints/reference")
+    print_anywhere(f"next: python train_reference.py --data_dir={shlex.quote(str(out_dir))} "
+                   "--out_dir=checkpoints/reference")
 
 
 def input_name(text):
@@ -655,8 +657,13 @@ def main():
                     yield domain, data
                     bar.update(len(data))
 
+        def sample(size):
+            return sample_documents(documents("sampling for the tokenizer"), args.val_fraction, size)
+
         tokenizer = load_tokenizer(args.tokenizer, args.eot_token,
-                                   lambda: sample_texts(documents("sampling for the tokenizer"), args.val_fraction))
+                                   lambda: (data.decode(errors="ignore") for _, data in sample(SAMPLE)))
+        if tokenizer.encoding is None:  # a tokenizer.json: all others bring back every byte
+            check_characters(tokenizer, sample(SAMPLE // 16))
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         domains = write_bins(documents("tokenizing"), folder, tokenizer, dtype, args)
         write_meta(folder, tokenizer, dtype, domains)

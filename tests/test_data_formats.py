@@ -101,7 +101,7 @@ def test_characters_that_a_tokenizer_json_lacks(tmp_path, unknown):
     for name, word in ("few", "plain " * 40), ("many", ""):
         write_texts(tmp_path / name / "good.jsonl", [f"plain {n}" for n in range(200)])
         write_texts(tmp_path / name / "web.jsonl", [f"{word}{n} 漢字" for n in range(200)])
-    prepare_in(tmp_path, "few --tokenizer=tokenizer.json")
+    assert "'web': tokenizer.json loses 0.8" in prepare_in(tmp_path, "few --tokenizer=tokenizer.json")
     refused(tmp_path / "many", ["'web'", "tokenizer.json loses"], "prepare.py", "many", "--tokenizer=tokenizer.json",
             cwd=tmp_path)
 
@@ -305,8 +305,10 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
     link(tmp_path, megatron, "a")
     with open(tmp_path / "raw/a_text_document.bin", "ab") as file:
         file.write(b"xx")
-    refused(tmp_path, ["a/train.bin"], "train_reference.py", *TINY, f"--data_dir={tmp_path}/data/raw",
-            f"--out_dir={tmp_path}/run")
+    flags = [*TINY, f"--data_dir={tmp_path}/data/raw", f"--out_dir={tmp_path}/run"]
+    refused(tmp_path, ["a/train.bin"], "train_reference.py", *flags)
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    refused(tmp_path, [f"{tmp_path}/raw/a_text_document.bin, which is gone"], "train_reference.py", *flags)
 
 
 @pytest.mark.parametrize("write, named", [
