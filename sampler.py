@@ -451,19 +451,3 @@ def domain_sums(domain, k, dtype, *token_values):
     T = token_values[0].size(1)
     per_row = [values.sum(dim=1, dtype=dtype) for values in token_values]
     return torch.stack([*(member @ values for values in per_row), member.sum(dim=1) * T])
-
-
-@torch.no_grad()
-def held_out_loss(forward, dataset, n_windows, machine):
-    """Mean validation loss of each domain in nats per token: (K,) float64 array, the same on all ranks.
-
-    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: a common.ranks.Machine.
-    """
-    k = len(dataset.domains)
-    sums = torch.zeros(2, k, dtype=machine.sum_dtype, device=machine.device)
-    batches = evaluation_batches(dataset, n_windows, machine.micro_batch_size, machine.rank, machine.world_size)
-    for tokens, domain in batches:
-        token_loss = forward(tokens.to(machine.device).long())
-        sums += domain_sums(domain.to(machine.device), k, machine.sum_dtype, token_loss)
-    total, count = machine.all_reduce(sums).cpu().double().numpy()
-    return total / count

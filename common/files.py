@@ -11,9 +11,15 @@ import signal
 import sys
 import urllib.parse
 import uuid
+import warnings
 from pathlib import Path
 
 from common.cli import UserError, print_anywhere, shown
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 # ---- reading: what a file says is checked once, here ----
 
@@ -98,6 +104,26 @@ def folder_name(domain):
 # ---- writing: a file or a folder appears whole or not at all ----
 
 
+def hold(path):
+    """Open and lock a file for as long as this process lives.  Return it, or None where another process holds it.
+
+    Where a disk has no locks, as on some clusters, say so and go on.
+    """
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError as error:
+        warnings.warn(f"{path}: this disk has no file locks ({error.strerror}); nothing else must write there",
+                      stacklevel=2)
+    return file
+
+
 def write_atomically(path, content):
     """Write a file that appears whole or not at all.  content: a string, or a function that writes to a binary file.
 
@@ -105,6 +131,7 @@ def write_atomically(path, content):
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
