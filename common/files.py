@@ -37,17 +37,11 @@ def read_json(path, remedy):
     return value
 
 
-def json_lines(path):
-    """Yield (number from 1, value) of the lines of a file of JSON lines; ValueError in place of a value that is none.
+def parse_lines(file):
+    """Yield (number from 1, value) of the lines of a binary file of JSON lines; ValueError in place of a bad value.
 
     A line ends at \\n alone: other line separators may stand within a string.
     """
-    with open(path, "rb") as file:
-        yield from parse_lines(file)
-
-
-def parse_lines(file):
-    """As json_lines, of an open binary file."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
