@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.cli import UserError, shown
+from common.cli import UserError, check_same, shown
 from common.files import DATA_FORMAT, folder_name, read_json, sample_sha256
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
@@ -56,18 +56,14 @@ class Dataset:
 
     def check_tokenizer(self, run, config):
         """Raise UserError unless a run was trained with this tokenizer.  config: its config.json."""
-        self.check_same(run, config, "tokenizer_sha256", "vocab_size")
+        self.check_same_data(run, config, ("tokenizer_sha256", "vocab_size"))
 
-    def check_same_data(self, run, config):
+    def check_same_data(self, run, config, names=("tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256")):
         """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
-        self.check_same(run, config, "tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256")
-
-    def check_same(self, run, config, *names):
-        here, there = self.describe(self.token_counts())["data"], config["data"]
+        both = self.describe(self.token_counts())["data"], config["data"]
         for name in names:
-            if here[name] != there[name]:
-                raise UserError(f"{run} was trained with {name} {shown(there[name])}, but {self.directory} has "
-                                f"{shown(here[name])}; give the data that it was trained on")
+            check_same([self.directory, run], [{name: data[name]} for data in both],
+                       "give the data, or the tokenizer, that the run was trained with")
 
     def bytes_per_token(self):
         """Of the validation text: (K,) float64.  Turns nats per token into bits per byte."""
