@@ -123,18 +123,18 @@ def test_a_home_directory_and_remote_addresses(tmp_path, monkeypatch, hf_tokeniz
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer):
+@pytest.mark.parametrize("spec, name", [("train:300", "tokenizer.tiktoken"), ("hf", "tokenizer.json")])
+def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer, spec, name):
     write_texts(tmp_path / "raw/a.jsonl")
-    for spec, name in (hf_tokenizer, "tokenizer.json"), ("train:300", "tokenizer.tiktoken"):
-        prepare_in(tmp_path, f"raw --tokenizer={spec} --out_dir={name}.d")
-        data, path = sampler.load_dataset(tmp_path / f"{name}.d", 16), tmp_path / f"{name}.d" / name
-        assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
-        path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(UserError, match=r"damaged|made with"):
-            data_tokenizer(data)
-        path.unlink()
-        with pytest.raises(UserError, match="is gone"):
-            data_tokenizer(data)
+    prepare_in(tmp_path, f"raw --tokenizer={hf_tokenizer if spec == 'hf' else spec}")
+    data, path = sampler.load_dataset(tmp_path / "data/raw", 16), tmp_path / "data/raw" / name
+    assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"damaged|made with"):
+        data_tokenizer(data)
+    path.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        data_tokenizer(data)
 
 
 def as_parquet(path, rows):
