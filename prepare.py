@@ -148,14 +148,15 @@ def files_by_domain(root, suffix, beside=None):
 
 
 def domain_name(text):
-    """A domain's name, one for all spellings in Unicode, and without spaces around it."""
-    return unicodedata.normalize("NFC", " ".join(text.split()))
+    """A domain's name: one for all spellings in Unicode, without spaces around it or characters that do not show."""
+    shown = "".join(character for character in text if character.isprintable() or character.isspace())
+    return unicodedata.normalize("NFC", " ".join(shown.split()))
 
 
 def check_domain_name(name, place, domains):
     """Add {what the name looks like: (name, place)} to domains.  Raises UserError if it is no name for a new folder."""
     own = name.lower() == "meta.json" or name.lower().startswith("tokenizer.")  # files in OUT_DIR
-    if own or name[:1] in (".", "") or not name.isprintable() or len(folder_name(name)) > 200:
+    if own or name[:1] in (".", "") or len(folder_name(name)) > 200:
         raise UserError(f"{place}: {name!r} cannot name a domain, for it names a folder in OUT_DIR; choose another")
     other, where = domains.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, place))
     if (other, where) != (name, place):
@@ -244,14 +245,24 @@ def read_rows(each, text_key, domain_key, skipped):
         raise UserError(f"{fault}; {bad:,} of {good + bad:,} rows have no usable text")
 
 
-def read_texts(each, text_key):
-    """Yield (domain, UTF-8 bytes) of the documents in a file of text."""
+def read_texts(each, text_key, skipped):
+    """Yield (domain, UTF-8 bytes) of the documents in a file of text.  Raises UserError for rows.
+
+    A document of a folder that is not UTF-8 is counted in `skipped`, but one of DOMAIN.txt raises UserError.
+    """
     try:
         documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
         for number, data in enumerate(documents, 1):
             data = data.removeprefix(BOM)
-            check_text(data, f"{each.path}, document {number}", text_key)
-            yield each.domain, data
+            position = foreign_byte(data)
+            if position is None:
+                refuse_rows(data, f"{each.path}, document {number}", text_key)
+                yield each.domain, data
+            elif each.kind == "document":
+                skipped[f"files of domain {each.domain!r}, which are no text in UTF-8; convert them"] += 1
+            else:
+                raise UserError(f"{each.path}, document {number}: is no text in UTF-8: byte {data[position]:#x} at "
+                                f"position {position:,}; convert or remove it")
     except OSError as error:
         raise UserError(f"{each.path}: cannot be read: {error.strerror}") from None
 
@@ -365,15 +376,17 @@ def read_pieces(path):
             start = match.end()
 
 
-def check_text(data, place, text_key):
-    """Raise UserError if a document of a text file is not UTF-8, or has rows in it."""
+def foreign_byte(data):
+    """Return the position of the first byte that is no part of UTF-8, or None."""
     for start, end in pairwise((0, *split_text(data, 1 << 20))):  # decoded whole, it takes up to four times its size
         try:
             data[start:end].decode()
         except UnicodeDecodeError as error:
-            position = start + error.start
-            raise UserError(f"{place}: is no text in UTF-8: byte {data[position]:#x} at position {position:,}; convert "
-                            "or remove it") from None
+            return start + error.start
+    return None
+
+
+def refuse_rows(data, place, text_key):
     if data.startswith(b"{"):
         for _, row in parse_lines([data.split(b"\n", 1)[0]]):
             if isinstance(row, dict) and text_key in row:
@@ -420,7 +433,7 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
         if each.kind == "rows":
             documents = read_rows(each, text_key, domain_key, skipped)
         else:
-            documents = read_texts(each, text_key)
+            documents = read_texts(each, text_key, skipped)
         for domain, data in documents:
             if not data.strip():
                 skipped[f"empty documents of domain {domain!r}"] += 1
@@ -437,7 +450,8 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
                 break
     for each in inputs:
         if each.domain not in names and (each.domain or not names):
-            raise UserError(f"{each.path}: gives no document; add some, remove it, or raise --max_bytes")
+            raise UserError(f"{each.path}: gives no document of text in UTF-8; add some, remove it, or raise "
+                            "--max_bytes")
 
 
 def text_hash(data):
