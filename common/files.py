@@ -169,8 +169,10 @@ def staged(out_dir):
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"{out_dir}: a folder cannot be made and renamed there ({error.strerror}); choose another "
                         "place") from None
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    handlers = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in signals}
+    handlers = {}
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            handlers[number] = signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield staging
     except BaseException as error:
