@@ -2,7 +2,7 @@
 
 reads   INPUT, one of
           a directory with one entry per domain:
-            DOMAIN/                       each file is a document; of JSON lines and Parquet, each row
+            DOMAIN/                       each file is a document, or of JSON lines and Parquet, each row
             DOMAIN.txt                    documents between <|endoftext|> marks; without marks, pieces of 4 to 8 KB
             DOMAIN.jsonl[.gz|.xz|.zst]    one document per line (.ndjson and .json are read as the same)
             DOMAIN.parquet                one document per row
