@@ -43,8 +43,8 @@ def random_data(folder, vocab_size, n_domains=22, n_tokens=100_000):
             rng.integers(vocab_size, size=n).astype(dtype).tofile(path)
             entry |= {f"{side}_tokens": n, f"{side}_documents": 1, f"{side}_bytes": n}
             entry[f"{side}_sha256"] = sample_sha256(path, path.stat().st_size)
-    meta = {"tokenizer": "random", "tokenizer_sha256": "", "vocab_size": vocab_size, "eot_token": 0, "dtype": dtype,
-            "domains": domains}
+    meta = {"format": 1, "tokenizer": "random", "tokenizer_sha256": "", "vocab_size": vocab_size, "eot_token": 0,
+            "dtype": dtype, "domains": domains}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 

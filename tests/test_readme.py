@@ -14,7 +14,8 @@ from conftest import ROOT, TINY
 from forked import run_forked
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [re.sub(r" +", " ", line.strip()) for line in re.findall(r"^    python (.*)$", README, re.MULTILINE)]
+COMMANDS = re.findall(r"^    python (.*?)(?: +#.*)?$", README, re.MULTILINE)
+COMMANDS = [re.sub(r" +", " ", command) for command in COMMANDS]
 PIPELINE = COMMANDS[: [command.startswith("-m tools.export_hf") for command in COMMANDS].index(True) + 1]
 
 
@@ -94,11 +95,12 @@ def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, ready
     assert all(f"--out_dir={run}" in " ".join(ran) for run in compared.split()[1:])
 
 
-def test_lines_that_the_readme_names():
-    rows = re.findall(r"\| `(\w+\.py):(\d+)` \| `([^`]+)` \|", README)
+def test_code_that_the_readme_quotes():
+    """The table of Algorithm 1: a file, and a piece of it, which may be anywhere in the file."""
+    rows = re.findall(r"\| `(\w+\.py)`[^|]* \| `([^`]+)` \|", README)
     assert len(rows) == 8
-    for name, number, code in rows:
-        assert code in (ROOT / name).read_text().splitlines()[int(number) - 1], f"{name}:{number} is not {code}"
+    for name, code in rows:
+        assert code in (ROOT / name).read_text(), f"{name} has no {code}"
 
 
 @pytest.mark.slow
