@@ -76,7 +76,7 @@ def move_file(path, dataset, new):
     answer, provenance = content["domain_weights"], content["provenance"]
     old = provenance["reference_weights"]
     if old.keys() != answer.keys() or min([*answer.values(), *old.values(), 0]) < 0 or not sum(old.values()) > 0:
-        raise UserError(f"{path}: weights are below 0 or all 0, or the two vectors are not of the same domains; {remedy}")
+        raise UserError(f"{path}: weights below 0, all 0, or two vectors of different domains; {remedy}")
     result = moved(np.array([answer.get(name, 0.0) for name in dataset.domains]),
                    np.array([old.get(name, np.nan) for name in dataset.domains]) / sum(old.values()), new)
     notes = []
