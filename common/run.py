@@ -352,7 +352,7 @@ def identity(config):
     flat = {name: value for name, value in config["flags"].items() if name not in NOT_COMPARED}
     for name, value in config.items():
         if name in ("data", "reference"):
-            flat |= {f"{name}.{key}": item for key, item in value.items() if key not in ranks.PATH_FLAGS}
+            flat |= {f"{name}.{key}": item for key, item in value.items() if key not in ("out_dir", "data_dir")}
         elif name not in ("format", "flags", "versions", "device", "world_size", "wandb_id"):
             flat[name] = value
     return flat

@@ -78,8 +78,8 @@ def move_file(path, dataset, new):
     old = provenance.get("reference_weights")
     check_weights(path, answer)
     check_weights(path, old)
-    if old.keys() != answer.keys() or min(*answer.values(), *old.values()) < 0 or not sum(old.values()) > 0:
-        raise UserError(f"{path}: its weights are below 0, or its two vectors are not of the same domains; {remedy}")
+    if old.keys() != answer.keys() or min([*answer.values(), *old.values(), 0]) < 0 or not sum(old.values()) > 0:
+        raise UserError(f"{path}: weights below 0, all 0, or two vectors of different domains; {remedy}")
     result = moved(np.array([answer.get(name, 0.0) for name in dataset.domains]),
                    np.array([old.get(name, np.nan) for name in dataset.domains]) / sum(old.values()), new)
     notes = []
