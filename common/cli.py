@@ -13,6 +13,7 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 
 from tqdm import tqdm
 
@@ -71,6 +72,10 @@ def run(main):
         sys.exit(2)
 
 
+def print_anywhere(text, file=None):
+    print(text, file=file or sys.stdout, flush=True)
+
+
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 WORD = re.compile(rf"(?:{QUOTED.pattern}|[^\s'\"])+(?=\s|$)")
 
@@ -85,10 +90,14 @@ class ArgumentParser(argparse.ArgumentParser):
         self.files = []
 
     def parse_known_args(self, args=None, namespace=None):
-        words = []
-        for word in sys.argv[1:] if args is None else args:
-            words += self.words_of_file(word[1:]) if word.startswith("@") else [word]
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(self.expand(sys.argv[1:] if args is None else args), namespace)
+
+    def expand(self, words):
+        """Put the words of a file in the place of @FILE."""
+        found = []
+        for word in words:
+            found += self.expand(self.words_of_file(word[1:])) if word.startswith("@") else [word]
+        return found
 
     def words_of_file(self, name):
         self.files.append(name)
@@ -191,3 +200,25 @@ def flag_lines(args):
 def shown(value, width=200):
     text = json.dumps(value, default=repr)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def escaped(text):
+    """Write the characters that cannot be shown as Python does: \\n, \\x07."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def align(columns):
+    """Return the lines of a table from columns of strings, the first flush left and the others flush right."""
+    columns = [[escaped(cell) for cell in column] for column in columns]
+    widths = [max(map(width, column)) for column in columns]
+    lines = []
+    for first, *others in zip(*columns):
+        cells = [first + " " * (widths[0] - width(first))]
+        cells += [" " * (space - width(cell)) + cell for space, cell in zip(widths[1:], others)]
+        lines.append("   ".join(cells))
+    return lines
+
+
+def width(text):
+    """Return the columns that a text takes on a terminal: Chinese characters take two, accents of their own none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "FW") for c in text)

@@ -1,6 +1,7 @@
 """Files that are read with care and written whole.  It imports neither torch nor anything of ranks."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -8,13 +9,12 @@ import os
 import shutil
 import signal
 import sys
+import urllib.parse
 import uuid
 import warnings
 from pathlib import Path
 
-import filelock
-
-from common.cli import UserError, shown
+from common.cli import UserError, print_anywhere, shown
 
 if os.name == "nt":
     import msvcrt
@@ -24,18 +24,16 @@ else:
 # ---- reading: what a file says is checked once, here ----
 
 
-def read_json(path, schema, remedy):
-    """Return the value in a JSON file, which must fit `schema` (see `misfit`).
-
-    Raises UserError, which ends in `remedy`: what the user can do.
-    """
+def read_json(path, *schema_and_remedy):
+    """Return the object in a JSON file.  Raises UserError, which ends in `remedy`: what the user can do."""
+    *schema, remedy = schema_and_remedy
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({shorter(error)}); {remedy}") from None
-    if fault := misfit(value, schema):
+    if fault := misfit(value, schema[0] if schema else dict):
         raise UserError(f"{path}: {fault}; {remedy}")
     return value
 
@@ -144,6 +142,14 @@ def sample_sha256(path, size):
     return digest.hexdigest()
 
 
+DATA_FORMAT = 1  # of a data set: of meta.json and of what it lists
+
+
+def folder_name(domain):
+    """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
+    return urllib.parse.quote(domain, safe=" ()")
+
+
 # ---- writing: a file or a folder appears whole or not at all ----
 
 
@@ -170,10 +176,11 @@ def hold(path):
 def write_atomically(path, content):
     """Write a file that appears whole or not at all.  content: a string, or a function that writes to a binary file.
 
-    Raises UserError for what the system says of this file: a full disk, a missing right.
+    Raises UserError for what the system says of this file: a full disk, a quota, a missing right.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
@@ -200,42 +207,41 @@ def is_of_the_file(error):
 def staged(out_dir):
     """Make a folder that becomes out_dir when the block ends, and is removed if the block fails or is stopped.
 
-    A killed run leaves such a folder, which the next one clears: its lock dies with its process.  Raises UserError if
-    out_dir exists, if another run is writing it, and for what the system says of it: a full disk, a missing right.
+    Raises UserError if out_dir exists, and for what the system says of it. Folders that others have left are not
+    touched. Where the last step fails the folder stays: it may be the work of hours.
     """
     target = Path(os.path.abspath(out_dir))
     if os.path.lexists(target):
-        raise UserError(f"{out_dir}: exists already; delete it, or choose another --out_dir")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    staging = target.with_name(f".{target.name}.tmp")
-    lock = filelock.FileLock(staging / ".lock", timeout=0)
+        raise UserError(f"{out_dir}: exists already; delete it, or choose another place")
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        print_anywhere(f"{other}: is of a run that was killed, or is still being written; in the first case, delete it")
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"{out_dir}: another run is writing it; wait for it, or choose another --out_dir") from None
+        (staging / "inside").mkdir(parents=True)
+        staging.rename(f"{staging}2").rename(staging)  # some disks cannot, which is better known before the work
+        (staging / "inside").rmdir()
     except OSError as error:
-        raise UserError(f"{out_dir}: cannot be made ({error.strerror}); choose another --out_dir") from None
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"{out_dir}: a folder cannot be made and renamed there ({error.strerror}); choose another "
+                        "place") from None
+    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    handlers = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in signals}
     try:
-        for path in staging.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
         yield staging
-        staging.rename(target)
-        (target / ".lock").unlink()
     except BaseException as error:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{error.filename or out_dir}: {error.strerror or error}; free space or choose another "
-                            "--out_dir, then run the same command again") from None
+                            "place, then run the same command again") from None
         raise
     finally:
-        lock.release()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        staging.rename(target)
+    except OSError as error:
+        raise UserError(f"{staging}: is finished, but cannot be renamed to {target} ({error.strerror}); rename it "
+                        "yourself") from None
 
 
 def finite(value):

@@ -106,7 +106,8 @@ class Run:
 
         Return the checkpoint without parameters and moments, or None.  Raises UserError and leaves nothing behind.
         """
-        new = not self.out_dir.exists()
+        new, lock = not self.out_dir.exists(), self.out_dir / ".lock"
+        unlocked = not lock.exists()
         self.lock = self.take_directory()
         try:
             self.checkpoint = self.last_checkpoint()
@@ -120,6 +121,8 @@ class Run:
             self.metrics = open_metrics(self.out_dir / "metrics.jsonl", self.checkpoint)
         except UserError:
             self.lock.close()
+            if unlocked:
+                lock.unlink()
             if new:
                 shutil.rmtree(self.out_dir, ignore_errors=True)
             raise
@@ -150,8 +153,8 @@ class Run:
         if not self.args.resume:
             raise UserError(f"{self.out_dir} already holds a run: --resume it, or choose another --out_dir")
         if checkpoint["stage"] != self.stage:
-            raise UserError(f"{self.out_dir} holds a {checkpoint['stage']} run; expected a {self.stage} run")
-        check_same([f"this start of {self.out_dir}", "its checkpoint"], [self.identity, checkpoint["identity"]],
+            raise UserError(f"{self.out_dir}/ckpt.pt is of a {checkpoint['stage']} run; expected a {self.stage} run")
+        check_same([f"{self.out_dir}/ckpt.pt", "this start"], [checkpoint["identity"], self.identity],
                    "resume with the same flags and data, or choose another --out_dir")
         return checkpoint
 

@@ -6,12 +6,13 @@
 
 import itertools
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from average_weights import total_variation
+from common import cli
+from common.cli import UserError
 from experiments.theory import LOOKS, own_slope, predict, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,17 +128,29 @@ def read_lines(name):
     return [json.loads(text) for text in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
+def main():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("results", nargs="*", type=cli.path, metavar="RESULTS.jsonl",
+                        help="what experiments.theory has measured (default: all that is committed)")
+    paths = parser.parse_args().results
+    for path in paths:
+        try:
+            lines = read(path)
+            print_domains(path, lines, max(line["steps"] for line in lines))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: {error}; expected what experiments.theory has measured") from None
+    if paths:
+        return
+    results = {corpus: read(RESULTS / f"theory-{corpus}.jsonl") for corpus in CORPORA}
+    for corpus, lines in results.items():
+        print_domains(corpus, lines, STEPS)
+        print_transient(corpus, lines)
+    print_domains("twelve", results["twelve"], 4 * STEPS)
+    print()
+    print_longer(results["twelve"])
+    print_rounds()
+    print_domain_clip(results["twelve"])
+
+
 if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        lines = read(path)
-        print_domains(path, lines, max(line["steps"] for line in lines))
-    if len(sys.argv) == 1:
-        results = {corpus: read(RESULTS / f"theory-{corpus}.jsonl") for corpus in CORPORA}
-        for corpus, lines in results.items():
-            print_domains(corpus, lines, STEPS)
-            print_transient(corpus, lines)
-        print_domains("twelve", results["twelve"], 4 * STEPS)
-        print()
-        print_longer(results["twelve"])
-        print_rounds()
-        print_domain_clip(results["twelve"])
+    cli.run(main)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from average_weights import moved, total_variation
+from average_weights import total_variation
 from experiments.published import table
 from experiments.theory import own_slope, read
+from tools.mixture import moved
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 6400

@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import sample_sha256
+from common.files import folder_name, sample_sha256
 from common.run import FORMAT, SIGNALS, identity
 from common.tokenizer import load_tokenizer
-from sampler import Sampler, folder_name, load_dataset
+from sampler import Sampler, load_dataset
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 64
@@ -38,7 +38,6 @@ TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_em
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long forms: every split, many kills, more seeds")
-    parser.addoption("--device", default="cuda", help="of test_cuda.py; cpu tries its code without a card")
 
 
 def pytest_runtest_setup(item):
@@ -51,16 +50,17 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     directory = Path(directory)
     domains = {}
     for name, (train, val) in streams.items():
-        (directory / name).mkdir(parents=True)
+        folder = directory / folder_name(name)
+        folder.mkdir(parents=True)
         for split, ids in (("train", train), ("val", val)):
-            np.asarray(ids, dtype="<u2").tofile(directory / name / f"{split}.bin")
+            np.asarray(ids, dtype="<u2").tofile(folder / f"{split}.bin")
         domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
                          "train_bytes": 3 * len(train), "val_bytes": 3 * len(val),
-                         **{f"{split}_sha256": sample_sha256(directory / name / f"{split}.bin", 2 * len(ids))
+                         **{f"{split}_sha256": sample_sha256(folder / f"{split}.bin", 2 * len(ids))
                             for split, ids in (("train", train), ("val", val))}}
     (directory / "meta.json").write_text(json.dumps(
-        {"tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size, "eot_token": 0,
-         "dtype": "uint16", "domains": domains}))
+        {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size,
+         "eot_token": 0, "dtype": "uint16", "domains": domains}))
     return directory
 
 

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "checkpoints", "data", "shared", "wandb", "*.egg-info")
 EXACTNESS, RESUME, SHARDING = "tests/test_exactness.py", "tests/test_resume.py", "tests/test_sharding.py"
 SAMPLER, DATASET, BAD_INPUT = "tests/test_sampler.py", "tests/test_dataset.py", "tests/test_bad_input.py"
+PRETENDED = "tests/test_pretended.py"
 
 
 def group(file, tests, *mutations):
@@ -95,8 +96,22 @@ MUTATIONS = [
     ("the gradient is not clipped", "grad_clip or math.inf", "math.inf"),
     ("gradients are summed in the compute dtype",
      "exact = torch.float64 if machine.dtype == torch.float64 else torch.float32", "exact = torch.float32")),
+    *group("common/run.py", PRETENDED,
+    ("card: every step reads the gradient's norm", "self.last = tensors",
+     "self.last = tensors; self.check_finite(step)")),
+    *group("common/ranks.py", PRETENDED,
+    ("card: a checkpoint's tensors stay there", "cpu_offload=True", "cpu_offload=False"),
+    ("card: the domain is not there", "batch.domain.to(self.device, non_blocking=asynchronous)", "batch.domain"),
+    ("card: a batch is waited for", "batch.tokens.to(self.device, non_blocking=asynchronous)", "batch.tokens.to(self.device)")),
+    *group("train_reference.py", PRETENDED,
+    ("card: numpy reads its memory", "machine.all_reduce(sums).cpu()", "machine.all_reduce(sums)"),
+    ("card: NCCL gets a tensor of the CPU", "machine.all_reduce(sums).cpu()", "machine.all_reduce(sums.cpu())")),
+    *group("train_doremi.py", PRETENDED,
+    ("card: the sums are not there", "sums = torch.zeros(3, K, dtype=machine.sum_dtype, device=machine.device)",
+     "sums = torch.zeros(3, K, dtype=machine.sum_dtype)")),
+    *group("model.py", PRETENDED,
+    ("card: the rotary table is not there", "self.make_rotary().to(device)", "self.make_rotary()")),
     *group("common/run.py", f"{SHARDING} {RESUME}",
-    ("every step reads the gradient's norm", "self.last = tensors", "self.last = tensors; self.check_finite(step)"),
     ("ranks may differ", "identities = machine.gather_objects(self.identity)", "identities = [self.identity]")),
     *group("common/run.py", RESUME,
     ("metrics behind the checkpoint are kept", 'if line["step"] <= step and "ended" not in line]',
@@ -104,7 +119,7 @@ MUTATIONS = [
     ("a stopped run exits 0", "sys.exit(128 + (self.signal or signal.SIGTERM))", "pass")),
     *group("common/run.py", BAD_INPUT,
     ("what is not finite is saved", "if not tensor.isfinite().all()]", "if False]"),
-    ("a run is resumed under other flags", '[self.identity, checkpoint["identity"]],',
+    ("a run is resumed under other flags", '[checkpoint["identity"], self.identity],',
      "[self.identity, self.identity],")),
 ]
 

@@ -12,9 +12,8 @@ import torch
 from conftest import contents, edit, printed, prose, refused, rehash, run_here, write_texts
 
 from common.run import load_finished
-from common.scores import accuracy, bits_per_byte, chance
-from common.tasks import encode_items, read_task, read_task_file
 from common.tokenizer import SPAN, from_merges
+from evaluate import accuracy, bits_per_byte, chance, encode_items, read_task, read_task_file
 from model import Transformer
 from sampler import load_dataset
 
@@ -82,6 +81,18 @@ def test_all_held_out_windows(place, data):
     assert (place / "b/evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_some_of_the_windows(place, tmp_path):
+    """Spread evenly; the number is printed."""
+    every = run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'all'}").stdout
+    said = run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'some'}", "--eval_windows=3").stdout
+    n = 0
+    for name, part in scores(tmp_path / "all/a", "domains", "data").items():
+        bits = [part["bits"][j * len(part["bits"]) // 3] for j in range(3)]
+        assert scores(tmp_path / "some/a", "domains", "data")[name]["bits"] == pytest.approx(bits, rel=1e-6)
+        n += len(part["bits"])
+    assert f"all {n} held-out windows" in every and f"6 of {n} held-out windows" in said
+
+
 def test_only_what_is_new_is_scored(place, tmp_path):
     """Other parameters, another text and another part are new; bits that are there are taken as they are."""
     run, other = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "other"))
@@ -106,17 +117,6 @@ def test_only_what_is_new_is_scored(place, tmp_path):
     checkpoint["model"]["norm.weight"] *= 2
     torch.save(checkpoint, run / "ckpt.pt")
     assert evaluate_again() != changed
-
-
-def test_compare_shows_what_was_scored(place, tmp_path):
-    """Of these parameters, on the same text; and the logged losses first."""
-    a, b = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "b"))
-    evaluated = run_here("evaluate.py", a, b).stdout.splitlines()
-    compared = run_here("compare.py", a, b).stdout
-    assert compared.startswith("last held-out loss") and "\n".join(evaluated[:-1]) in compared
-    edit(a / "evaluation/domains-data.json", lambda content: content.update(checkpoint="another"))
-    said = run_here("compare.py", a, b).stdout
-    assert evaluated[0] not in said and f"note: {a}/evaluation/domains-data.json is of another checkpoint" in said
 
 
 def test_tasks_of_ones_own(place, tmp_path):
@@ -228,6 +228,10 @@ def test_what_cannot_be_evaluated(place, tmp_path):
     refused(place, ["--device=cuda:9"], "evaluate.py", place / "b", "--device=cuda:9")
     (tmp_path / "file").write_text("")
     refused(place, ["--out_dir"], "evaluate.py", place / "b", f"--out_dir={tmp_path / 'file'}")
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    (run / "evaluation").symlink_to(tmp_path / "unmounted")
+    edit(run / "config.json", lambda config: config["flags"].update(max_steps=4))
+    refused(tmp_path, ["evaluation", "a link to nowhere"], "evaluate.py", run)
 
 
 def test_a_context_longer_than_what_is_encoded_at_once():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,9 @@ import tiktoken
 import torch
 from conftest import edit, prose, refused, run_here, write_texts
 
-from common import scores
 from common.run import load_finished
 from common.tokenizer import PATTERN, load_tokenizer
+from evaluate import bits_per_byte
 from model import Transformer
 from sampler import load_dataset
 from tools import export_hf
@@ -122,6 +123,13 @@ def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
     edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
     refused(tmp_path, ["unfinished (20 of 99 steps)"], "tools/export_hf.py", run, tmp_path / "new")
     refused(place, [f"{place}/hf"], "tools/export_hf.py", place / "run", place / "hf")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (100, 50_000):  # a disk that is full at the first file, and one within the parameters
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+            refused(tmp_path, ["File too large", "free space"], "tools/export_hf.py", place / "run", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     refused(tmp_path, ["safetensors", "pip install"], "tools/export_hf.py", place / "run", tmp_path / "new")
 
@@ -163,7 +171,7 @@ def test_lm_eval_finds_the_same_bits_per_byte(place, tmp_path):
     run_here("evaluate.py", place / "run", *(f"--task_file={tmp_path / task}.jsonl" for task in rows))
     files = {task: place / f"run/evaluation/tasks-{task}.json" for task in rows}
     parts = {task: json.loads(file.read_text())["parts"][task] for task, file in files.items()}
-    ours = {task: scores.bits_per_byte(part) for task, part in parts.items()}
+    ours = {task: bits_per_byte(part) for task, part in parts.items()}
     size = np.mean([len(row["answer"].encode()) for row in rows["answers"]])
     theirs = {"documents": found["documents"], "answers": math.log2(found["answers"]) / size}
     print(ours, theirs)
