@@ -5,6 +5,7 @@ Everything here would be the same in any project. Skip this file and you miss no
 
 import ctypes
 import datetime
+import hashlib
 import math
 import os
 import platform
@@ -13,7 +14,9 @@ import sys
 import traceback
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -27,8 +30,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import cli
-from common.cli import UserError
+from common.cli import UserError, check_same
 
+PATH_FLAGS = ("out_dir", "data_dir", "reference", "sampling_weights")  # what lies there may have another name elsewhere
 KEEP_GATHERED = 4e9  # bytes of parameters in the compute dtype up to which they stay gathered over a step
 COMPILE_ABOVE = {"cpu": 1e12, "cuda": 1e16}  # operations of a run from which compiling, half a minute or more, pays
 PEAKS = {"H100 80GB HBM3": 989e12, "H100 SXM": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200": 989e12,
@@ -62,6 +66,10 @@ class Machine:
         found = [None] * self.world_size
         dist.all_gather_object(found, value)
         return found
+
+    def check_same(self, values, remedy):
+        """Raise UserError on all ranks where {name: value} of one is not that of rank 0."""
+        check_same([f"rank {i}" for i in range(self.world_size)], self.gather_objects(values), remedy)
 
     def from_main(self, function):
         """Call function() on rank 0 and return its value on all ranks.  A UserError is raised on all of them."""
@@ -194,8 +202,21 @@ def setup(args):
         keep_freed_memory()
         torch.use_deterministic_algorithms(True)  # a compiled model adds gradients up as its threads come, otherwise
     sum_dtype = torch.float32 if device.type == "mps" else torch.float64
-    return Machine(device, getattr(torch, dtype), sum_dtype, micro_batch_size, rank, world_size, local_world_size,
-                   timeout)
+    machine = Machine(device, getattr(torch, dtype), sum_dtype, micro_batch_size, rank, world_size, local_world_size,
+                      timeout)
+    flags = {name: value for name, value in vars(args).items() if name not in PATH_FLAGS}
+    machine.check_same({**versions(), **flags}, "start every rank with the same code and flags")
+    return machine
+
+
+def versions():
+    """What a run was made with: Python, libraries, and a hash of this project's sources."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for path in sorted([*root.glob("*.py"), *root.glob("common/*.py")]):
+        digest.update(path.read_bytes())
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "sources": digest.hexdigest()[:16]}
 
 
 def meet(device, timeout):
@@ -245,7 +266,7 @@ def abandon_ranks(status):
 
 def keep_freed_memory():
     """Keep freed memory in the process: glibc gives large blocks back to the kernel, and the next step has to fault
-    them in again, page by page. This makes a step on a CPU 1.2 to 1.35 times faster (docs/performance.md)."""
+    them in again, page by page. This makes a step on a CPU 1.2 to 1.35 times faster."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to 1 GB come from the heap ...
@@ -274,7 +295,7 @@ def place(model, machine, compiled):
     loss has so many chunks that one graph of all takes minutes to compile.
     """
     tokens = machine.micro_batch_size * model.config.block_size
-    whole = machine.world_size == 1 and model.loss_chunks(tokens, machine.device) <= 8
+    whole = machine.world_size == 1 and model.loss_chunks(tokens, machine.device) <= 16
     if compiled and not whole:
         model.compile_parts()
     if machine.world_size > 1:
@@ -304,7 +325,7 @@ def shard(model, machine):
 
 @torch.no_grad()
 def draw_parameters(model, machine):
-    """One at a time: they may not fit into memory together. Drawn whole, so they don't depend on the number of ranks."""
+    """One at a time: they may not fit into memory together. Drawn whole, so the number of ranks changes nothing."""
     for name, value in model.initial_parameters():
         parameter = model.get_parameter(name)
         value = value.to(machine.device, parameter.dtype)
