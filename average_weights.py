@@ -215,9 +215,9 @@ def main(argv=None):
                         help="where weights.json and weights.png go (default: the first run's directory)")
     args = parser.parse_args(argv)
     config, answer = read_answer(args.runs)
-    flags, block_size = config["flags"], config["model"]["block_size"]
+    flags, T = config["flags"], config["model"]["block_size"]
     setting = (f"proxy of {config['n_params']:,} parameters, {flags['max_steps']:,} steps of {flags['batch_size']} x "
-               f"{block_size} tokens, tokenizer {config['data']['tokenizer']}, seed {', '.join(map(str, answer.seeds))}")
+               f"{T} tokens, tokenizer {config['data']['tokenizer']}, seed {', '.join(map(str, answer.seeds))}")
     out_dir = Path(args.out_dir or args.runs[0])
     write_atomically(out_dir / "weights.json", json.dumps(weights_file(config, answer), indent=2) + "\n")
     with figures.style():

@@ -155,7 +155,7 @@ def read_evaluations(run, config, domains):
             if "val_loss" in line:
                 found[line["step"]] = np.array([line["val_loss"][name] for name in domains])
                 windows.add(line["eval_windows"])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{run}/metrics.jsonl cannot be read ({error}); expected the metrics of a finished run") \
             from None
     if config["flags"]["max_steps"] not in found:

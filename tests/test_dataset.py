@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cli import UserError
-from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
+from sampler import domain_sums, evaluation_batches, load_dataset, sampling_weights
+from train_reference import held_out_loss
 
 
 @pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
