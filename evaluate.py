@@ -460,11 +460,8 @@ def main(argv=None):
     data_dir = args.data_dir or groups[0].config["data"]["data_dir"]
     dataset = load_dataset(data_dir, groups[0].config["model"]["block_size"])
     for path, config in configs.items():
-        tokenizers = [each["tokenizer_sha256"] for each in (dataset.meta, config["data"])]
-        check_same([data_dir, path], [{"tokenizer_sha256": sha256} for sha256 in tokenizers],
-                   "prepare the text with the run's tokenizer")
-        if not args.data_dir:
-            dataset.check_same_data(path, config)
+        check = dataset.check_tokenizer if args.data_dir else dataset.check_same_data
+        check(path, config)
     jobs, notes = read_jobs(args, dataset)
     places = {run: Path(args.out_dir) / run.resolve().name if args.out_dir else run for run in configs}
     folders = {run: place / "evaluation" for run, place in places.items()}

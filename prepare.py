@@ -2,7 +2,7 @@
 
 reads   INPUT, one of
           a directory with one entry per domain:
-            DOMAIN/                       each file is a document; of JSON lines and Parquet, each row
+            DOMAIN/                       each file is a document, or of JSON lines and Parquet, each row
             DOMAIN.txt                    documents between <|endoftext|> marks; without marks, pieces of 4 to 8 KB
             DOMAIN.jsonl[.gz|.xz|.zst]    one document per line (.ndjson and .json are read as the same)
             DOMAIN.parquet                one document per row
@@ -29,6 +29,7 @@ import lzma
 import mmap
 import os
 import re
+import shlex
 import stat
 import unicodedata
 import zlib
@@ -48,9 +49,8 @@ from common.files import DATA_FORMAT, folder_name, parse_lines, sample_sha256, s
 from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_text, tokenizer_name
 
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
-SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains
+SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains; it is tried on a sixteenth
 MEASURED = 4 << 20  # bytes of a file of rows from which the size of all its text is estimated
-COMPARED = 1 << 16  # characters of a domain after which a loss in its tokens is judged
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
 MOST_DOMAINS = 2000
 SIDES = ("train", "val")
@@ -148,19 +148,20 @@ def files_by_domain(root, suffix, beside=None):
 
 
 def domain_name(text):
-    """A domain's name, one for all spellings in Unicode, and without spaces around it."""
-    return unicodedata.normalize("NFC", " ".join(text.split()))
+    """A domain's name: one for all spellings in Unicode, without spaces around it or characters that do not show."""
+    shown = "".join(character for character in text if character.isprintable() or character.isspace())
+    return unicodedata.normalize("NFC", " ".join(shown.split()))
 
 
 def check_domain_name(name, place, domains):
     """Add {what the name looks like: (name, place)} to domains.  Raises UserError if it is no name for a new folder."""
     own = name.lower() == "meta.json" or name.lower().startswith("tokenizer.")  # files in OUT_DIR
-    if own or name[:1] in (".", "") or not name.isprintable() or len(folder_name(name)) > 200:
+    if own or name[:1] in (".", "") or len(folder_name(name)) > 200:
         raise UserError(f"{place}: {name!r} cannot name a domain, for it names a folder in OUT_DIR; choose another")
     other, where = domains.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, place))
     if (other, where) != (name, place):
-        raise UserError(f"domain {name!r} of {place} and {other!r} of {where} are the same or look alike; rename one, "
-                        "or put them together")
+        raise UserError(f"domain {name!r} of '{place}' and {other!r} of '{where}' are the same or look alike; rename "
+                        "one, or put them together")
 
 
 def refuse_held_out(folder, paths):
@@ -244,14 +245,24 @@ def read_rows(each, text_key, domain_key, skipped):
         raise UserError(f"{fault}; {bad:,} of {good + bad:,} rows have no usable text")
 
 
-def read_texts(each, text_key):
-    """Yield (domain, UTF-8 bytes) of the documents in a file of text."""
+def read_texts(each, text_key, skipped):
+    """Yield (domain, UTF-8 bytes) of the documents in a file of text.  Raises UserError for rows.
+
+    A document of a folder that is not UTF-8 is counted in `skipped`, but one of DOMAIN.txt raises UserError.
+    """
     try:
         documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
         for number, data in enumerate(documents, 1):
             data = data.removeprefix(BOM)
-            check_text(data, f"{each.path}, document {number}", text_key)
-            yield each.domain, data
+            position = foreign_byte(data)
+            if position is None:
+                refuse_rows(data, f"{each.path}, document {number}", text_key)
+                yield each.domain, data
+            elif each.kind == "document":
+                skipped[f"files of domain {each.domain!r}, which are no text in UTF-8; convert them"] += 1
+            else:
+                raise UserError(f"{each.path}, document {number}: is no text in UTF-8: byte {data[position]:#x} at "
+                                f"position {position:,}; convert or remove it")
     except OSError as error:
         raise UserError(f"{each.path}: cannot be read: {error.strerror}") from None
 
@@ -365,15 +376,17 @@ def read_pieces(path):
             start = match.end()
 
 
-def check_text(data, place, text_key):
-    """Raise UserError if a document of a text file is not UTF-8, or has rows in it."""
+def foreign_byte(data):
+    """Return the position of the first byte that is no part of UTF-8, or None."""
     for start, end in pairwise((0, *split_text(data, 1 << 20))):  # decoded whole, it takes up to four times its size
         try:
             data[start:end].decode()
         except UnicodeDecodeError as error:
-            position = start + error.start
-            raise UserError(f"{place}: is no text in UTF-8: byte {data[position]:#x} at position {position:,}; convert "
-                            "or remove it") from None
+            return start + error.start
+    return None
+
+
+def refuse_rows(data, place, text_key):
     if data.startswith(b"{"):
         for _, row in parse_lines([data.split(b"\n", 1)[0]]):
             if isinstance(row, dict) and text_key in row:
@@ -420,7 +433,7 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
         if each.kind == "rows":
             documents = read_rows(each, text_key, domain_key, skipped)
         else:
-            documents = read_texts(each, text_key)
+            documents = read_texts(each, text_key, skipped)
         for domain, data in documents:
             if not data.strip():
                 skipped[f"empty documents of domain {domain!r}"] += 1
@@ -437,7 +450,8 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
                 break
     for each in inputs:
         if each.domain not in names and (each.domain or not names):
-            raise UserError(f"{each.path}: gives no document; add some, remove it, or raise --max_bytes")
+            raise UserError(f"{each.path}: gives no document of text in UTF-8; add some, remove it, or raise "
+                            "--max_bytes")
 
 
 def text_hash(data):
@@ -445,17 +459,17 @@ def text_hash(data):
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little") / 2**56
 
 
-def sample_texts(documents, val_fraction):
-    """Yield training documents to train a tokenizer on, the same number of bytes from each domain.
+def sample_documents(documents, val_fraction, size):
+    """Yield (domain, bytes) of training documents, the same number of bytes from each domain.
 
-    Each of K domains gives SAMPLE / K bytes, or all it has: its documents of least hash, each cut off at 64 KB. So the
+    Each of K domains gives size / K bytes, or all it has: its documents of least hash, each cut off at 64 KB. So the
     sample is a function of the set of documents. Only what may still be in it is kept in memory.
     """
     heaps, sizes = defaultdict(list), Counter()  # per domain: (-hash, document), and their bytes
 
     def shorten(domain):
         heap = heaps[domain]
-        while sizes[domain] - len(heap[0][1]) >= SAMPLE // len(heaps):  # without the document of greatest hash
+        while sizes[domain] - len(heap[0][1]) >= size // len(heaps):  # without the document of greatest hash
             sizes[domain] -= len(heapq.heappop(heap)[1])
 
     for domain, data in documents:
@@ -466,7 +480,29 @@ def sample_texts(documents, val_fraction):
             shorten(domain)
     for domain in sorted(heaps):
         shorten(domain)
-        yield from (data.decode(errors="ignore") for _, data in sorted(heaps[domain], reverse=True))
+        yield from ((domain, data) for _, data in sorted(heaps[domain], reverse=True))
+
+
+def check_characters(tokenizer, documents):
+    """Encode and decode documents, and tell what is lost.  Raises UserError if it is above a hundredth of a domain.
+
+    Spaces that are added and other forms of the same characters are no loss.
+    """
+    total, lost = Counter(), defaultdict(Counter)
+    for domain, data in documents:
+        text = data.decode(errors="ignore")
+        decoded = tokenizer.decode(tokenizer.encode(text.encode()).tolist()).decode()
+        before, after = (unicodedata.normalize("NFKC", each) for each in (text, decoded))
+        total[domain] += len(before)
+        lost[domain] += Counter(before) - Counter(after)
+    for domain, characters in lost.items():
+        share = characters.total() / total[domain]
+        if characters:
+            words = (f"domain {domain!r}: {tokenizer.name} loses {share:.2%} of the characters, such as "
+                     f"{max(characters, key=characters.get)!r}")
+            if share > 0.01:
+                raise UserError(f"{words}; choose a tokenizer that has them, or one with byte fallback")
+            print_anywhere(words)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -482,8 +518,6 @@ class Bins:
     bytes: int = 0  # of text
     held_out: list = field(default_factory=list)  # (hash, ids, bytes of text)
     held_out_tokens: int = 0
-    compared: int = 0  # characters that were compared with what their ids decode to
-    lost: Counter = field(default_factory=Counter)  # those that did not come back
 
     def add(self, documents, args):
         """Add documents, (bytes, ids) pairs.  train.bin is open only meanwhile, for there may be many domains."""
@@ -503,18 +537,6 @@ class Bins:
             self.limit /= 2
             self.held_out = [document for document in self.held_out if document[0] < self.limit]
             self.held_out_tokens = sum(len(ids) for _, ids, _ in self.held_out)
-
-    def compare(self, data, text):
-        """Count the characters of a document that are not in the text that its ids decode to, whatever their form."""
-        before, after = (unicodedata.normalize("NFKC", part.decode()) for part in (data, text))
-        self.compared += len(before)
-        self.lost += Counter(before) - Counter(after)
-
-    def check_loss(self, domain, tokenizer):
-        lost = self.lost.total()
-        if lost > self.compared / 100:
-            raise UserError(f"domain {domain!r}: {tokenizer.name} loses {lost / self.compared:.1%} of its characters, "
-                            f"such as {self.lost.most_common(1)[0][0]!r}; choose one that has them, or byte fallback")
 
     def finish(self, domain, args):
         """Write val.bin, and return the domain's entry in meta.json.  Raises UserError for an empty side."""
@@ -545,13 +567,6 @@ def write_bins(documents, folder, tokenizer, dtype, args):
                 bins[domain] = Bins(folder / folder_name(domain), args.val_fraction)
                 bins[domain].folder.mkdir()
             bins[domain].add(part, args)
-            if tokenizer.encoding is None:  # a tokenizer.json: all others bring back every byte
-                for data, ids in part[: 1 + len(part) // 20]:
-                    bins[domain].compare(data, tokenizer.decode(ids.tolist()))
-                if bins[domain].compared >= COMPARED:
-                    bins[domain].check_loss(domain, tokenizer)
-    for domain, each in bins.items():
-        each.check_loss(domain, tokenizer)
     return {domain: bins[domain].finish(domain, args) for domain in sorted(bins)}
 
 
@@ -604,7 +619,8 @@ def print_table(domains, out_dir):
         counts = f"{entry['train_documents']:17,}{entry['train_tokens']:16,}{entry['val_tokens']:14,}"
         density = entry["val_bytes"] / entry["val_tokens"]
         print_anywhere(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
-    print_anywhere(f"next: python train_reference.py --data_dir={out_dir} --out_dir=checkpoints/reference")
+    print_anywhere(f"next: python train_reference.py --data_dir={shlex.quote(str(out_dir))} "
+                   "--out_dir=checkpoints/reference")
 
 
 def input_name(text):
@@ -655,8 +671,13 @@ def main():
                     yield domain, data
                     bar.update(len(data))
 
+        def sample(size):
+            return sample_documents(documents("sampling for the tokenizer"), args.val_fraction, size)
+
         tokenizer = load_tokenizer(args.tokenizer, args.eot_token,
-                                   lambda: sample_texts(documents("sampling for the tokenizer"), args.val_fraction))
+                                   lambda: (data.decode(errors="ignore") for _, data in sample(SAMPLE)))
+        if tokenizer.encoding is None:  # a tokenizer.json: all others bring back every byte
+            check_characters(tokenizer, sample(SAMPLE // 16))
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
         domains = write_bins(documents("tokenizing"), folder, tokenizer, dtype, args)
         write_meta(folder, tokenizer, dtype, domains)

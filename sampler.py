@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.cli import UserError, shown
+from common.cli import UserError, check_same, shown
 from common.files import DATA_FORMAT, folder_name, read_json, sample_sha256
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
@@ -56,18 +56,14 @@ class Dataset:
 
     def check_tokenizer(self, run, config):
         """Raise UserError unless a run was trained with this tokenizer.  config: its config.json."""
-        self.check_same(run, config, "tokenizer_sha256", "vocab_size")
+        self.check_same_data(run, config, ("tokenizer_sha256", "vocab_size"))
 
-    def check_same_data(self, run, config):
+    def check_same_data(self, run, config, names=("tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256")):
         """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
-        self.check_same(run, config, "tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256")
-
-    def check_same(self, run, config, *names):
-        here, there = self.describe(self.token_counts())["data"], config["data"]
+        both = self.describe(self.token_counts())["data"], config["data"]
         for name in names:
-            if here[name] != there[name]:
-                raise UserError(f"{run} was trained with {name} {shown(there[name])}, but {self.directory} has "
-                                f"{shown(here[name])}; give the data that it was trained on")
+            check_same([self.directory, run], [{name: data[name]} for data in both],
+                       "give the data, or the tokenizer, that the run was trained with")
 
     def bytes_per_token(self):
         """Of the validation text: (K,) float64.  Turns nats per token into bits per byte."""
@@ -222,21 +218,26 @@ def weights_from_json(path, dataset):
     repository's).  Matched by name, never by position."""
     content = read_json(path, "expected an object {DOMAIN: weight} in JSON")
     weights = content.get("domain_weights", content.get("train_domain_weights", content))
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: domain_weights is {shown(weights, 60)}; expected an object {{DOMAIN: weight}}")
+    check_weights(path, weights)
     unknown, missing = set(weights) - set(dataset.domains), set(dataset.domains) - set(weights)
     if unknown or missing:
         raise UserError(f"{path}: domains do not match: only in the weights: {quoted(unknown)}; only in the data: "
                         f"{quoted(missing)}. Weights are matched by name; give a domain weight 0 to leave it out")
-    for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e300:
-            raise UserError(f"{path}: the weight of '{name}' is {shown(weight, 60)}; it must be a finite number >= 0")
     provenance = content.get("provenance")
     tokenizer = provenance.get("tokenizer_sha256") if isinstance(provenance, dict) else None
     if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
         warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do "
                       "not carry over between tokenizers.", stacklevel=2)
     return np.array([float(weights[name]) for name in dataset.domains])
+
+
+def check_weights(path, weights):
+    """Raise UserError unless a part of a user's file is {DOMAIN: weight}, with finite weights >= 0."""
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: {shown(weights, 60)} is no object {{DOMAIN: weight}}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e300:
+            raise UserError(f"{path}: the weight of '{name}' is {shown(weight, 60)}; it must be a finite number >= 0")
 
 
 def quoted(names):

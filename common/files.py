@@ -24,31 +24,24 @@ else:
 # ---- reading: what a file says is checked once, here ----
 
 
-def read_json(path, *schema_and_remedy):
+def read_json(path, remedy):
     """Return the object in a JSON file.  Raises UserError, which ends in `remedy`: what the user can do."""
-    *schema, remedy = schema_and_remedy
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
+        if not isinstance(value, dict):
+            raise ValueError(f"no object: {shown(value, 60)}")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({shorter(error)}); {remedy}") from None
-    if fault := misfit(value, schema[0] if schema else dict):
-        raise UserError(f"{path}: {fault}; {remedy}")
     return value
 
 
-def json_lines(path):
-    """Yield (number from 1, value) of the lines of a file of JSON lines; ValueError in place of a value that is none.
+def parse_lines(file):
+    """Yield (number from 1, value) of the lines of a binary file of JSON lines; ValueError in place of a bad value.
 
     A line ends at \\n alone: other line separators may stand within a string.
     """
-    with open(path, "rb") as file:
-        yield from parse_lines(file)
-
-
-def parse_lines(file):
-    """As json_lines, of an open binary file."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -65,54 +58,6 @@ def unique_names(pairs):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice!r} stands twice")
     return dict(pairs)
-
-
-def misfit(value, schema, place=""):
-    """Say in what a JSON value does not fit a schema, or return None.
-
-    schema: a type (float: any finite number; int: no bool), a tuple of schemas of which one must fit, None, [schema]
-    for a list, {str: schema} for an object with any names, {"name": schema, ...} for one that has at least these, or
-    a function that tells whether the value is good and whose docstring says what is.
-    """
-    where = place or "the whole"
-    if isinstance(schema, tuple):
-        faults = [misfit(value, each, place) for each in schema]
-        return None if None in faults else faults[-1]
-    if schema is None:
-        return None if value is None else f"{where} is {shown(value, 60)}, expected null"
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return f"{where} is {shown(value, 60)}, expected a list"
-        faults = (misfit(item, schema[0], f"{place}[{i}]") for i, item in enumerate(value))
-        return next(filter(None, faults), None)
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return f"{where} is {shown(value, 60)}, expected an object"
-        expected = dict.fromkeys(value, schema[str]) if str in schema else schema
-        for name, part in expected.items():
-            if name not in value:
-                return f"{where} lacks {name!r}"
-            if fault := misfit(value[name], part, f"{place}.{name}" if place else name):
-                return fault
-        return None
-    if schema is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    elif isinstance(schema, type):
-        good = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
-    else:
-        good = schema(value)
-    kinds = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false", dict: "an object"}
-    return None if good else f"{where} is {shown(value, 60)}, expected {kinds.get(schema) or schema.__doc__}"
-
-
-def count(value):
-    """a whole number from 0 to 2**62"""
-    return type(value) is int and 0 <= value <= 2**62
-
-
-def positive_count(value):
-    """a whole number from 1 to 2**62"""
-    return count(value) and value > 0
 
 
 def shorter(error, width=120):
@@ -224,8 +169,10 @@ def staged(out_dir):
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"{out_dir}: a folder cannot be made and renamed there ({error.strerror}); choose another "
                         "place") from None
-    signals = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    handlers = {number: signal.signal(number, lambda number, _: sys.exit(128 + number)) for number in signals}
+    handlers = {}
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            handlers[number] = signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         yield staging
     except BaseException as error:

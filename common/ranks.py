@@ -67,6 +67,10 @@ class Machine:
         dist.all_gather_object(found, value)
         return found
 
+    def check_same(self, values, remedy):
+        """Raise UserError on all ranks where {name: value} of one is not that of rank 0."""
+        check_same([f"rank {i}" for i in range(self.world_size)], self.gather_objects(values), remedy)
+
     def from_main(self, function):
         """Call function() on rank 0 and return its value on all ranks.  A UserError is raised on all of them."""
         found = [None, None]  # value, message of an error
@@ -201,8 +205,7 @@ def setup(args):
     machine = Machine(device, getattr(torch, dtype), sum_dtype, micro_batch_size, rank, world_size, local_world_size,
                       timeout)
     flags = {name: value for name, value in vars(args).items() if name not in PATH_FLAGS}
-    starts = machine.gather_objects({**versions(), **flags})
-    check_same([f"rank {i}" for i in range(world_size)], starts, "start every rank with the same code and flags")
+    machine.check_same({**versions(), **flags}, "start every rank with the same code and flags")
     return machine
 
 

@@ -74,12 +74,11 @@ class Run:
         self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
         flags = {**vars(args), "dtype": str(machine.dtype).removeprefix("torch.")}
         self.config = {"format": FORMAT, **config, "flags": flags, "versions": ranks.versions(),
-                       "device": machine.device.type, "world_size": machine.world_size}
+                       "device": machine.device.type, "world_size": machine.world_size,
+                       "wandb_id": uuid.uuid4().hex[:8]}
         self.identity = identity(self.config)
-        identities = machine.gather_objects(self.identity)
-        check_same([f"rank {i}" for i in range(len(identities))], identities, "give all ranks the same data")
-        self.lock, self.metrics, self.wandb = None, None, None
-        self.checkpoint = None
+        machine.check_same(self.identity, "give all ranks the same data")
+        self.lock, self.metrics, self.wandb, self.checkpoint = None, None, None, None
         small = machine.from_main(self.open)
         if not self.main:
             self.checkpoint = small
@@ -106,12 +105,12 @@ class Run:
 
         Return the checkpoint without parameters and moments, or None.  Raises UserError and leaves nothing behind.
         """
-        new, lock = not self.out_dir.exists(), self.out_dir / ".lock"
-        unlocked = not lock.exists()
+        new = not self.out_dir.exists()
         self.lock = self.take_directory()
         try:
             self.checkpoint = self.last_checkpoint()
-            self.config["wandb_id"] = self.last_wandb_id() or uuid.uuid4().hex[:8]
+            with contextlib.suppress(UserError):
+                self.config["wandb_id"] = read_config(self.out_dir)["wandb_id"]  # also of one without a checkpoint
             if self.args.wandb != "disabled":
                 self.wandb = start_wandb(self.out_dir, self.args.wandb, self.config)
             for path in self.out_dir.glob(f".*.{'[0-9a-f]' * 8}.tmp"):  # of write_atomically, left by a kill
@@ -121,28 +120,24 @@ class Run:
             self.metrics = open_metrics(self.out_dir / "metrics.jsonl", self.checkpoint)
         except UserError:
             self.lock.close()
-            if unlocked:
-                lock.unlink()
             if new:
                 shutil.rmtree(self.out_dir, ignore_errors=True)
             raise
         tqdm.write(self.plan())
-        if self.checkpoint is None:
-            return None
-        return {name: value for name, value in self.checkpoint.items() if name not in ("model", "optimizer")}
+        return self.checkpoint and {name: value for name, value in self.checkpoint.items()
+                                    if name not in ("model", "optimizer")}
 
     def take_directory(self):
         """Make the directory and hold its lock for as long as this process lives."""
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            lock = hold(self.out_dir / ".lock")
+            if lock := hold(self.out_dir / ".lock"):
+                return lock
         except OSError as error:
             raise UserError(f"--out_dir={self.out_dir} cannot be written to ({error.strerror}); choose another one") \
                 from None
-        if lock is None:
-            raise UserError(f"{self.out_dir}: another process is training there; wait for it, stop it, or choose "
-                            "another --out_dir")
-        return lock
+        raise UserError(f"{self.out_dir}: another process is training there; wait for it, stop it, or choose another "
+                        "--out_dir")
 
     def last_checkpoint(self):
         """The checkpoint to resume from; None where the run begins.  Raises UserError where a start would lose work."""
@@ -162,23 +157,17 @@ class Run:
         """Without a checkpoint, a run may begin where no results lie, or where one of the same identity was cut off
         before its first checkpoint."""
         made = sorted(path.name for pattern in MADE for path in self.out_dir.glob(pattern))
-        if not made:
-            return
-        with contextlib.suppress(UserError):
-            last = read_config(self.out_dir)
-            lines = read_metrics(self.out_dir / "metrics.jsonl")
-            cut_off = not any("ended" in line for line in lines)
-            before_the_first_save = all(line["step"] <= last["flags"]["save_interval"] for line in lines)
-            if (cut_off and before_the_first_save and identity(last) == self.identity
-                    and set(made) <= {"flags.txt", "config.json", "metrics.jsonl"}):
-                return
-        raise UserError(f"{self.out_dir} holds {', '.join(made)}, but no ckpt.pt to continue from; bring it back, or "
-                        "choose another --out_dir: a start removes nothing")
-
-    def last_wandb_id(self):
-        """The id under which this run was logged before it was cut off, with or without a checkpoint."""
-        with contextlib.suppress(UserError):
-            return read_config(self.out_dir).get("wandb_id")
+        begun = not made
+        if set(made) <= {"flags.txt", "config.json", "metrics.jsonl"}:
+            with contextlib.suppress(UserError):
+                last = read_config(self.out_dir)
+                lines = read_metrics(self.out_dir / "metrics.jsonl")
+                unsaved = all(line["step"] <= last["flags"]["save_interval"] for line in lines)
+                ended = any("ended" in line for line in lines)
+                begun = begun or (unsaved and not ended and identity(last) == self.identity)
+        if not begun:
+            raise UserError(f"{self.out_dir} holds {', '.join(made)}, but no ckpt.pt to continue from; bring it back, "
+                            "or choose another --out_dir: a start removes nothing")
 
     def plan(self):
         """What is about to be done, in a line."""
@@ -270,7 +259,7 @@ class Run:
                 os.fsync(self.metrics.fileno())
         except OSError as error:
             raise UserError(f"{self.metrics.name} could not be written ({error.strerror}); free space, then continue "
-                            f"with: {self.command()}") from None
+                            f"with: {continuing(self.stage, self.out_dir)}") from None
 
     def check_finite(self, step):
         """Raise UserError where the last step was not finite; since parameters stay so, no earlier one was missed."""
@@ -312,16 +301,12 @@ class Run:
                 self.wandb.finish()
             loss = f", loss {self.loss:.4f}" if self.loss == self.loss else ""
             print(f"{self.out_dir}: {ended} after step {step:,} of {self.args.max_steps:,}, {seconds:.0f} s{loss}; "
-                  f"next: {self.command() if stopped else following}", flush=True)
+                  f"next: {continuing(self.stage, self.out_dir) if stopped else following}", flush=True)
         self.machine.leave()
         if self.lock:
             self.lock.close()
         if stopped:
             sys.exit(128 + (self.signal or signal.SIGTERM))
-
-    def command(self):
-        """The command that continues this run, wherever its directory is now."""
-        return continuing(self.stage, self.out_dir)
 
     def elapsed(self):
         """Seconds since the start of the run, over all of its resumptions."""
@@ -329,6 +314,7 @@ class Run:
 
 
 def continuing(stage, out_dir):
+    """The command that continues a run where its directory is now."""
     script = "train_doremi.py" if stage == "proxy" else f"train_{stage}.py"
     at = shlex.quote(str(out_dir))
     return f"python {script} @{at}/flags.txt --out_dir={at} --resume"

@@ -141,8 +141,9 @@ def printed(script, *args):
 
 
 def contents(folder):
-    """{path: bytes, or None of a folder}, of everything below a folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+    """{path: bytes, or None of a folder}, of everything below a folder but locks."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")
+            if path.name != ".lock"}
 
 
 def refused(folder, mentions, script, *flags, cwd=".", begun=False):

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, wait_tensor
-from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_init
 from torch.distributed.tensor import DTensor
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,7 +67,6 @@ class OnCard(torch.Tensor):
 
     device = property(lambda self: self.place)
     is_cuda = property(lambda self: CARDS.type == "cuda")
-    is_mps = property(lambda self: CARDS.type == "mps")
     is_cpu = is_meta = property(lambda self: False)
 
     @property
@@ -78,9 +77,6 @@ class OnCard(torch.Tensor):
     def data(self, other):
         torch.Tensor.data.__set__(self, other)
         self.held = other.held
-
-    def __repr__(self, **_):
-        return f"OnCard({self.held})"
 
     def numpy(self, **_):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
@@ -290,12 +286,12 @@ def pretend_mps():
     to = torch.Tensor.to
     torch.backends.mps.is_available = lambda: True
 
-    def to_mps(self, *args, non_blocking=False, **kwargs):
+    def to_mps(self, *args, **kwargs):
         """C++ refuses mps before it asks anybody."""
         words = [*args, *kwargs.values()]
         if not any(on_card(word) for word in words):
-            return to(self, *args, non_blocking=non_blocking, **kwargs)
-        if non_blocking:
+            return to(self, *args, **kwargs)
+        if True in words:  # non_blocking
             raise RuntimeError("MPS may read the memory after it was given back")
         dtypes = [word for word in words if isinstance(word, torch.dtype)]
         moved = self if isinstance(self, OnCard) else OnCard(self.detach().clone())
@@ -306,12 +302,11 @@ def pretend_mps():
 
 def pretend_cuda():
     class Properties:
-        name, total_memory, multi_processor_count = CARDS.name, 80 * 2**30, 132
         major, minor = map(int, CARDS.capability.split("."))
 
     cuda, stream = torch.cuda, Stream()
-    cuda._lazy_init = cuda.empty_cache = lambda: None
-    cuda.is_available = cuda.is_initialized = lambda: CARDS.count > 0
+    cuda._lazy_init = lambda: None
+    cuda.is_available = cuda.is_initialized = lambda: True
     cuda.device_count = lambda: CARDS.count
     cuda.current_device = torch._C._cuda_getDevice = lambda: STATE["index"]
     cuda.set_device = set_device
@@ -321,19 +316,19 @@ def pretend_cuda():
     cuda.get_arch_list = lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
     cuda.synchronize = lambda *_: wait("cuda.synchronize")
     cuda.set_sync_debug_mode = lambda mode: STATE.update(sync_debug_mode=mode)
-    cuda.max_memory_allocated = cuda.memory_allocated = cuda.memory_reserved = lambda *_: 1
-    cuda.manual_seed_all = cuda.manual_seed = lambda seed: None
+    cuda.max_memory_allocated = lambda *_: 1
+    cuda.manual_seed_all = lambda seed: None
     cuda.Stream, cuda.Event = Stream, Event
-    cuda.current_stream = cuda.default_stream = lambda *_: stream
-    cuda.stream = cuda.StreamContext = cuda.device = contextlib.nullcontext
-    torch.version.cuda, torch.version.hip = (None, CARDS.hip) if CARDS.hip else ("13.0", None)
+    cuda.current_stream = lambda *_: stream
+    cuda.stream = cuda.device = contextlib.nullcontext
     torch._C._get_accelerator = lambda *_: torch.device("cuda")
+    torch.version.cuda, torch.version.hip = (None, CARDS.hip) if CARDS.hip else ("13.0", None)
 
 
 def pretend_nccl():
     """gloo underneath; objects travel on the card."""
     c10d = dist.distributed_c10d
-    init_process_group, get_backend, to_object = c10d.init_process_group, c10d.get_backend, c10d._tensor_to_object
+    init_process_group, to_object = c10d.init_process_group, c10d._tensor_to_object
 
     def init(backend=None, *args, device_id=None, **kwargs):
         if backend == "nccl" and device_id is not None and device_id.index is None:
@@ -342,24 +337,20 @@ def pretend_nccl():
         return init_process_group("gloo" if backend == "nccl" else backend, *args, **kwargs)
 
     dist.init_process_group = c10d.init_process_group = init
-    dist.get_backend = c10d.get_backend = lambda *args: "nccl" if STATE["nccl"] else get_backend(*args)
     c10d._get_object_coll_device = lambda *_: str(current()) if STATE["nccl"] else "cpu"
     c10d._tensor_to_object = lambda tensor, *args: to_object(tensor.cpu(), *args)
-    torch.cuda.nccl.version = lambda: (2, 27, 3)
+    dist.is_nccl_available = c10d.is_nccl_available = lambda: True
 
 
 def pretend_sharding():
-    """FSDP2 asks its sharded tensors where they are, and moves a module there in place, which a wrapper cannot."""
+    """A sharded tensor says where its parts are.  FSDP2 moves nothing in place, which a wrapper cannot."""
+    _fsdp_init._move_states_to_device = lambda *_: None
     to = torch.Tensor.to
     DTensor.device = property(lambda self: self._local_tensor.device)
     for name in ("is_meta", "is_cuda", "is_cpu"):
         setattr(DTensor, name, property(lambda self, name=name: getattr(self._local_tensor, name)))
     DTensor.to = lambda self, *args, **kwargs: self if on_card(*args[:1]) else to(self, *args, **kwargs)
 
-    def move(parameters, buffers, device):
-        assert all(t.device.type in ("meta", "cuda") for t in parameters), "FSDP2 moves parameters from the CPU"
-
-    _fsdp_init._move_states_to_device = _fully_shard._move_states_to_device = move
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from common import ranks
 from common.files import hold, write_atomically
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
-BEGUN = {"flags.txt", "config.json", "metrics.jsonl", ".lock"}
+BEGUN = {"flags.txt", "config.json", "metrics.jsonl"}
 
 
 @pytest.fixture(scope="module")

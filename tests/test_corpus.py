@@ -108,7 +108,7 @@ GOOD = [{"text": f"{n}", "meta": json.dumps({"set": f"{n % 2}"})} for n in range
 
 
 @pytest.mark.parametrize("bad", [{"text": None}, {}, {"text": [1]}, {"text": 1.5}, {"text": "\ud800"}, [], "x",
-                                 {"text": "x"}, {"text": "x", "meta": None}, {"text": "x", "meta": {"set": " "}}])
+                                 {"text": "x"}, {"text": "x", "meta": None}, {"text": "x", "meta": {"set": " \u200b"}}])
 def test_a_bad_row_is_skipped_and_counted(tmp_path, bad):
     write_rows(tmp_path / "raw/a.jsonl", [bad, *GOOD, bad])
     said = prepare_in(tmp_path, "raw --tokenizer=train:257 --domain_key=meta.set --val_fraction=0.3")
@@ -117,14 +117,21 @@ def test_a_bad_row_is_skipped_and_counted(tmp_path, bad):
     assert [sides(found[f"{i}"]) for i in (0, 1)] == [sorted(f"{n}" for n in range(i, 200, 2)) for i in (0, 1)]
 
 
+def test_a_file_in_another_encoding_is_skipped_and_counted(tmp_path):
+    for n, text in enumerate(TEXTS):
+        (tmp_path / "raw/a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/a/{n}.py").write_bytes(text.encode("utf-16" if n in (3, 60) else "utf-8"))
+    assert "skipped 2 files of domain 'a'" in prepare_in(tmp_path, "raw --tokenizer=bytes")
+    assert sides(read_set(tmp_path / "data/raw")[1]["a"]) == sorted(TEXTS[:3] + TEXTS[4:60] + TEXTS[61:])
+
+
 @pytest.mark.parametrize("name, data, mentions", [
     ("b.jsonl", b'[{"text": "a"}]', ["b.jsonl, line 1", "array"]),
     ("b.json", b'[\n{"text": "a"}\n]', ["b.json, line 1", "array"]),
     ("b/x.json", b'{\n"text": "a"}', ["b/x.json, line 1", "array"]),
     ("b/part-00000", b'{"text": "a"}\n{"text": "b"}\n', ["b/part-00000", "rows"]),
-    ("b/x.py", b"abc\xff", ["b/x.py", "0xff", "position 3"]),
-    ("b/x.txt", b"a " * 999_999 + b"\xc3(", ["b/x.txt", "position 1,999,998"]),
-    ("b.txt", b"a " * 8000 + b"\xc3(", ["b.txt, document 2"]),
+    ("b/x.py", b"abc\xff", ["b/x.py", "UTF-8"]), ("b/x.txt", b"a " * 999_999 + b"\xc3(", ["b/x.txt", "UTF-8"]),
+    ("b.txt", b"a " * 8000 + b"\xc3(", ["b.txt, document 2", "0xc3", "position"]),
     ("b.jsonl", b'{"text": "a"}\n\n{"text": \n', ["b.jsonl, line 3"]),
     ("b.jsonl", b'{"text": "\\ud800"}\n', ["b.jsonl, line 1"]),
     ("b.jsonl", b"[" * 200_000, ["b.jsonl, line 1"]),

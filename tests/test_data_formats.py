@@ -101,7 +101,7 @@ def test_characters_that_a_tokenizer_json_lacks(tmp_path, unknown):
     for name, word in ("few", "plain " * 40), ("many", ""):
         write_texts(tmp_path / name / "good.jsonl", [f"plain {n}" for n in range(200)])
         write_texts(tmp_path / name / "web.jsonl", [f"{word}{n} 漢字" for n in range(200)])
-    prepare_in(tmp_path, "few --tokenizer=tokenizer.json")
+    assert "'web': tokenizer.json loses 0.8" in prepare_in(tmp_path, "few --tokenizer=tokenizer.json")
     refused(tmp_path / "many", ["'web'", "tokenizer.json loses"], "prepare.py", "many", "--tokenizer=tokenizer.json",
             cwd=tmp_path)
 
@@ -123,18 +123,18 @@ def test_a_home_directory_and_remote_addresses(tmp_path, monkeypatch, hf_tokeniz
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer):
+@pytest.mark.parametrize("spec, name", [("train:300", "tokenizer.tiktoken"), ("hf", "tokenizer.json")])
+def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer, spec, name):
     write_texts(tmp_path / "raw/a.jsonl")
-    for spec, name in (hf_tokenizer, "tokenizer.json"), ("train:300", "tokenizer.tiktoken"):
-        prepare_in(tmp_path, f"raw --tokenizer={spec} --out_dir={name}.d")
-        data, path = sampler.load_dataset(tmp_path / f"{name}.d", 16), tmp_path / f"{name}.d" / name
-        assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
-        path.write_bytes(path.read_bytes()[:-9])
-        with pytest.raises(UserError, match=r"damaged|made with"):
-            data_tokenizer(data)
-        path.unlink()
-        with pytest.raises(UserError, match="is gone"):
-            data_tokenizer(data)
+    prepare_in(tmp_path, f"raw --tokenizer={hf_tokenizer if spec == 'hf' else spec}")
+    data, path = sampler.load_dataset(tmp_path / "data/raw", 16), tmp_path / "data/raw" / name
+    assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"damaged|made with"):
+        data_tokenizer(data)
+    path.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        data_tokenizer(data)
 
 
 def as_parquet(path, rows):
@@ -305,8 +305,10 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
     link(tmp_path, megatron, "a")
     with open(tmp_path / "raw/a_text_document.bin", "ab") as file:
         file.write(b"xx")
-    refused(tmp_path, ["a/train.bin"], "train_reference.py", *TINY, f"--data_dir={tmp_path}/data/raw",
-            f"--out_dir={tmp_path}/run")
+    flags = [*TINY, f"--data_dir={tmp_path}/data/raw", f"--out_dir={tmp_path}/run"]
+    refused(tmp_path, ["a/train.bin"], "train_reference.py", *flags)
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    refused(tmp_path, [f"{tmp_path}/raw/a_text_document.bin, which is gone"], "train_reference.py", *flags)
 
 
 @pytest.mark.parametrize("write, named", [

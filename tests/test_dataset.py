@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, edit, rehash, write_dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from common.cli import UserError
-from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
+from sampler import domain_sums, evaluation_batches, load_dataset, sampling_weights
+from train_reference import held_out_loss
 
 
 @pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
@@ -162,15 +161,6 @@ def test_domain_sums():
     total, excess, count = domain_sums(torch.tensor([2, 0, 2, 3]), 3, torch.float64, losses, losses / 2)
     assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
     assert torch.equal(excess, total / 2) and total.dtype == torch.float64
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 11))
-def test_domain_sums_add_over_micro_batches(domain, cut):
-    losses, domain = torch.arange(len(domain) * 3.0).view(-1, 3), torch.tensor(domain)
-    whole, first, rest = (domain_sums(domain[part], 4, torch.float64, losses[part])
-                          for part in (slice(None), slice(cut), slice(cut, None)))
-    assert torch.equal(first + rest, whole)
 
 
 def test_bytes_per_token_and_record(numbered):

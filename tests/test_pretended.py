@@ -1,4 +1,4 @@
-"""On pretended cards (pretend.py): the tests of test_cuda.py, several ranks, and other makes of cards.
+"""On pretended cards (pretend.py): the tests of test_cuda.py, several ranks, other makes of cards, and Apple's.
 
 What passes here puts every tensor where a card wants it and waits for nothing between log lines. Kernels, compiled
 code, NCCL itself, memory and time need a real one.
@@ -9,7 +9,8 @@ import functools
 
 import pytest
 import torch
-from forked import distance, run_forked
+from conftest import read_alpha
+from forked import Job, distance, run_forked
 from test_cuda import (  # noqa: F401
     MODEL,
     test_checkpoint_needs_no_card,
@@ -19,6 +20,7 @@ from test_cuda import (  # noqa: F401
 )
 from test_exactness import FLAGS
 
+from common import ranks
 from common.run import read_config
 
 
@@ -81,3 +83,33 @@ def test_the_dtype_is_the_cards(world, launch, tmp_path, cards, dtype):
     launch("train_reference.py", *FLAGS, *MODEL, f"--data_dir={world('float32')}/data", f"--out_dir={tmp_path}/run",
            "--max_steps=2", "--warmup_steps=1", cards=cards)
     assert read_config(tmp_path / "run")["flags"]["dtype"] == dtype
+
+
+def test_apples_card(world, tmp_path):
+    """Float32, sums included, ends as on a CPU."""
+    flags = [f"--reference={world('float32')}/reference", *FLAGS, "--max_steps=4"]
+    for device in ("mps", "cpu"):
+        run_forked("train_doremi.py", *flags, f"--device={device}", f"--out_dir={tmp_path}/{device}",
+                   cards={"type": "mps"})
+    assert 0 < distance(read_alpha(tmp_path / "mps"), read_alpha(tmp_path / "cpu")) < 2e-6
+
+
+@pytest.mark.parametrize("flags, cards", [
+    (["--device=mps", "--dtype=float64"], {"type": "mps"}), (["--device=mps", "--dtype=bfloat16"], {"type": "mps"}),
+    (["--device=cuda"], {"name": "Tesla V100-SXM2-16GB", "capability": "7.0"})])
+def test_what_a_card_cannot_do_is_refused_in_a_line(world, tmp_path, flags, cards):
+    """MPS has no float64, its bfloat16 attention is wrong, and PyTorch's wheels have no kernels for sm_70."""
+    job = Job("train_reference.py", *FLAGS, *MODEL, f"--data_dir={world('float32')}/data", f"--out_dir={tmp_path}/run",
+              "--max_steps=4", *flags, cards=cards)
+    job.processes[0].join(60)
+    assert job.processes[0].exitcode == 2 and "Traceback" not in job.output(), job.output()
+
+
+@pytest.mark.parametrize("name, flops", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090", 165e12),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_peak_of_a_card(name, flops):
+    """Dense bfloat16, as the vendor states it for the whole card of this make."""
+    assert ranks.peak_flops(name) == flops

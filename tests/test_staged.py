@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ def test_staged(tmp_path, capsys):
     with pytest.raises(files.UserError, match="No space left"), files.staged(tmp_path / "x"):
         Path("/dev/full").write_text("x" * 99_999)
     assert stopped.value.code == 130 and {number: signal.getsignal(number) for number in before} == before
-    with files.staged(tmp_path / "x") as folder:
+    with mock.patch.object(signal, "getsignal", lambda number: signal.SIG_IGN), files.staged(tmp_path / "x") as folder:
+        assert signal.signal(signal.SIGINT, before[signal.SIGINT]) == before[signal.SIGINT]  # what nohup set stays
         (folder / "file").write_text("2")
     assert (tmp_path / "x/file").read_text() == "2" and (tmp_path / ".x.tmp/notes").read_text() == "precious"
     assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.tmp", ".x.0123abcd.tmp"}

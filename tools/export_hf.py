@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python to
 from common import cli
 from common.cli import UserError
 from common.files import staged
-from common.run import check_same, load_finished
+from common.run import load_finished
 from common.tokenizer import EOT, data_tokenizer
 from model import Transformer
 from sampler import load_dataset
@@ -124,8 +124,7 @@ def main(argv=None):
         raise UserError(f"export_hf.py needs the package {missing}: pip install '.[hf]'")
     config, checkpoint = load_finished(args.run, ("reference", "proxy", "large"))
     dataset = load_dataset(args.data_dir or config["data"]["data_dir"], 1)  # no windows are needed
-    tokenizers_used = [{"tokenizer_sha256": each["tokenizer_sha256"]} for each in (dataset.meta, config["data"])]
-    check_same([dataset.directory, args.run], tokenizers_used, "give the run's data set with --data_dir")
+    dataset.check_tokenizer(args.run, config)
     model = Transformer.load(config, checkpoint["model"], torch.float32)
     tokenizer, eot = hf_tokenizer(dataset)
     files = {"config.json": llama_config(config["model"], dataset.meta["eot_token"]), "tokenizer_config.json": {

@@ -172,21 +172,8 @@ def read_parquet(path):
 # ---- what a domain has -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class TokenFiles:
-    domain: str
-    train: list  # of Sources
-    val: list
-
-    def linked_type(self):
-        """The type of ids in the file that can be linked, or None."""
-        source = self.train[0]
-        plain = len(self.train) == 1 and source.dtype in (np.dtype("<u2"), np.dtype("<u4"))
-        return source.dtype if plain else None
-
-
-def read_domain(domain, entry, paths, tokenizer, bare):
-    """Find out which of a domain's files are for training, and what they are.  Returns TokenFiles."""
+def read_domain(entry, paths, tokenizer, bare):
+    """Find out which of a domain's files are for training, and what they are.  Returns two lists of Sources."""
     train, val = [], []
     for path in paths:
         if BESIDE.search(path.name):
@@ -206,7 +193,13 @@ def read_domain(domain, entry, paths, tokenizer, bare):
     if not train:
         raise UserError(f"{entry}: holds no file for training; add one, or rename what is for training")
     settle(train + val, tokenizer.vocab_size)
-    return TokenFiles(domain, train, val)
+    return train, val
+
+
+def linked_type(train):
+    """The type of ids in the one file of a domain that can be linked, or None."""
+    plain = len(train) == 1 and train[0].dtype in (np.dtype("<u2"), np.dtype("<u4"))
+    return train[0].dtype if plain else None
 
 
 def refuse_orphan(path):
@@ -267,36 +260,36 @@ def count_bytes(ids, tokenizer, domain):
         raise UserError(f"domain {domain!r}: holds id {error}, which {tokenizer.name} lacks; see --tokenizer") from None
 
 
-def link_domain(files, folder, tokenizer, dtype, max_val_tokens):
+def link_domain(domain, train, val, folder, tokenizer, dtype, max_val_tokens):
     """Make one domain's train.bin and val.bin; returns its entry in meta.json."""
     folder.mkdir()
     train_path, val_path, eot = folder / "train.bin", folder / "val.bin", tokenizer.eot
-    linked = files.linked_type() == dtype
+    linked = linked_type(train) == dtype
     if linked:
-        train_path.symlink_to(files.train[0].path.resolve())
-        check_ids(files.train[0].ids(), tokenizer, files.train[0].path)
+        train_path.symlink_to(train[0].path.resolve())
+        check_ids(train[0].ids(), tokenizer, train[0].path)
     else:
-        copy(files.train, train_path, tokenizer, dtype)
-    copy(files.val, val_path, tokenizer, dtype)
-    for path, sources in (train_path, files.train), (val_path, files.val):
+        copy(train, train_path, tokenizer, dtype)
+    copy(val, val_path, tokenizer, dtype)
+    for path, sources in (train_path, train), (val_path, val):
         if sources and path.stat().st_size < 2 * dtype.itemsize:
             raise UserError(f"{sources[0].path}: holds no tokens; add some, or remove it")
         if sources:
             check_marks(np.memmap(path, dtype, mode="r"), sources, eot)
     ids = np.memmap(train_path, dtype, mode="r")
     end = len(ids)
-    if not files.val:
+    if not val:
         tail = end - max(1, min(max_val_tokens, end // 20))
         begins = np.flatnonzero(ids[tail:-1] == eot)
         if not len(begins):
-            raise UserError(f"{files.train[-1].path}: no document begins in its last {end - tail:,} tokens: none is "
+            raise UserError(f"{train[-1].path}: no document begins in its last {end - tail:,} tokens: none is "
                             f"end of text, id {eot}; check --tokenizer, give more data, or raise --max_val_tokens")
         end = tail + int(begins[0])
         ids[end:].tofile(val_path)
-    val = np.memmap(val_path, dtype, mode="r")
-    entry = {"train_tokens": end, "val_tokens": len(val), "train_documents": count_documents(ids[:end], eot),
-             "val_documents": count_documents(val, eot), "train_bytes": None,
-             "val_bytes": count_bytes(val, tokenizer, files.domain)}  # fmt: skip
+    held_out = np.memmap(val_path, dtype, mode="r")
+    entry = {"train_tokens": end, "val_tokens": len(held_out), "train_documents": count_documents(ids[:end], eot),
+             "val_documents": count_documents(held_out, eot), "train_bytes": None,
+             "val_bytes": count_bytes(held_out, tokenizer, domain)}  # fmt: skip
     if linked:
         entry["train_file_bytes"] = train_path.stat().st_size
     else:
@@ -323,10 +316,10 @@ def main():
     for path in visible(root):
         if BESIDE.search(path.name):
             refuse_orphan(path)
-    domains = []
+    domains = {}
     for domain, entry, paths in files_by_domain(root, DATA, BESIDE):
-        domains.append(read_domain(domain, entry, paths, tokenizer, args.dtype))
-    types = {files.linked_type() for files in domains} - {None}
+        domains[domain] = read_domain(entry, paths, tokenizer, args.dtype)
+    types = {linked_type(train) for train, _ in domains.values()} - {None}
     dtype = types.pop() if len(types) == 1 else np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
         raise UserError(f"{root}: its ids are of {dtype}, too narrow for the {tokenizer.vocab_size} tokens of "
@@ -334,9 +327,9 @@ def main():
     out_dir = args.out_dir or Path("data", root.resolve().name)
     entries = {}
     with staged(out_dir) as staging:
-        for files in tqdm(domains, desc="linking", unit="domain", disable=None):
-            entries[files.domain] = link_domain(files, staging / folder_name(files.domain), tokenizer, dtype,
-                                                args.max_val_tokens)
+        for domain, sources in tqdm(domains.items(), desc="linking", unit="domain", disable=None):
+            entries[domain] = link_domain(domain, *sources, staging / folder_name(domain), tokenizer, dtype,
+                                          args.max_val_tokens)
         write_meta(staging, tokenizer, dtype, entries)
     print_table(entries, out_dir)
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python to
 from common import cli
 from common.cli import UserError
 from common.files import read_json, write_atomically
-from sampler import folder_name, load_dataset, sampling_weights
+from sampler import check_weights, folder_name, load_dataset, sampling_weights
 
 MANY_EPOCHS = 4  # up to which repeating costs little (Muennighoff et al. 2023)
 
@@ -70,12 +70,15 @@ def moved(answer, old, new):
 def move_file(path, dataset, new):
     """Return the answer in a weights.json, moved onto new reference weights (K,), and notes on what was left out."""
     remedy = "expected a weights.json of average_weights.py, which holds the answer and its reference's weights"
-    vector = {str: float}
-    content = read_json(path, {"domain_weights": vector, "provenance": {"reference_weights": vector}}, remedy)
-    answer, provenance = content["domain_weights"], content["provenance"]
-    old = provenance["reference_weights"]
-    if old.keys() != answer.keys() or min([*answer.values(), *old.values(), 0]) < 0 or not sum(old.values()) > 0:
-        raise UserError(f"{path}: weights below 0, all 0, or two vectors of different domains; {remedy}")
+    content = read_json(path, remedy)
+    answer, provenance = content.get("domain_weights"), content.get("provenance")
+    if not isinstance(provenance, dict):
+        raise UserError(f"{path}: has no provenance; {remedy}")
+    old = provenance.get("reference_weights")
+    check_weights(path, answer)
+    check_weights(path, old)
+    if old.keys() != answer.keys() or not sum(old.values()) > 0:
+        raise UserError(f"{path}: reference weights that are all 0, or of other domains than the answer; {remedy}")
     result = moved(np.array([answer.get(name, 0.0) for name in dataset.domains]),
                    np.array([old.get(name, np.nan) for name in dataset.domains]) / sum(old.values()), new)
     notes = []
