@@ -1,29 +1,26 @@
 """Stage 5 of DoReMi, the profit: two or more runs side by side.
 
 reads   RUN/{config.json, ckpt.pt, metrics.jsonl} of finished runs on the same data; the first is the baseline
-        RUN/evaluation/*.json of evaluate.py, of what it has scored in all of the runs
 writes  OUT_DIR/compare.png
-next    python evaluate.py RUN RUN --data_dir=DATA
+next    python evaluate.py RUN RUN     all held-out windows, other text, tasks
 
-Runs that differ in the seed alone form one group, shown as mean and standard deviation. Its name is its first
-directory's without the seed: large-doremi-s1 and large-doremi-seed1 give large-doremi. Changes are paired by seed.
+Runs that differ in the seed alone form one group, shown as mean and standard deviation; changes are paired by seed. A
+group is called after its mixture (natural, uniform, temperature P) where that tells the groups apart, otherwise after
+its first directory without the seed: large-doremi-s1 gives large-doremi.
 
 Dimensions: S seeds of a group, N evaluations in training, P parts (domains or tasks), R rows: parts, then summaries.
 """
 
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common import cli, figures
 from common.cli import UserError
-from common.files import count, json_lines, misfit
 from common.run import check_same, identity, load_finished
-from common.scores import accuracy, bits_per_byte, chance, read_scores
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the losses
@@ -78,9 +75,97 @@ class Group:
     paths: list  # S directories
     config: dict  # of the first seed
     parameters: list  # of each seed: {name: tensor}, mapped from its checkpoint
-    step: np.ndarray = None  # (N,): of the evaluations in training that all seeds have
-    tokens: np.ndarray = None  # (N,)
-    loss: np.ndarray = None  # (S, N, P + 3): nats per token, of the baseline's domains and SUMMARIES
+
+    def tokens_per_step(self):
+        return self.config["flags"]["batch_size"] * self.config["model"]["block_size"]
+
+
+def read_groups(runs):
+    """Read finished runs as groups of seeds, the baseline's first.  Raises UserError."""
+    members = {}  # of an experiment: [(seed, path, config, parameters)]
+    for path in map(Path, runs):
+        config, checkpoint = load_finished(path, ("reference", "proxy", "large"))
+        experiment = json.dumps(identity(config) | {"seed": None}, sort_keys=True)
+        members.setdefault(experiment, []).append((config["flags"]["seed"], path, config, checkpoint["model"]))
+    groups = []
+    for group in members.values():
+        seeds, paths, configs, parameters = map(list, zip(*sorted(group, key=lambda member: member[0])))
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"{', '.join(map(str, paths))}: the same experiment and seed twice; give each seed once")
+        groups.append(Group("", seeds, paths, configs[0], parameters))
+    for group, name in zip(groups, group_names(members.values())):
+        group.name = name
+    return groups
+
+
+def group_names(members):
+    """The name of each group: its mixture, its directory without the seed, or the whole path, whichever is unique."""
+    stems = [re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name) for group in members]
+    names = [stem if stems.count(stem) == 1 else str(group[0][1]) for stem, group in zip(stems, members)]
+    mixtures = [group[0][2]["flags"]["sampling_weights"] for group in members]
+    if len(set(mixtures)) == len(mixtures):
+        for i, mixture in enumerate(mixtures):
+            if mixture in ("token_count", "uniform") or re.fullmatch(r"temperature:[\d.]+", mixture):
+                names[i] = {"token_count": "natural"}.get(mixture, mixture.replace(":", " "))
+    return names
+
+
+@dataclass
+class Curve:
+    """What a group has logged in training, at the evaluations that all of its seeds have."""
+
+    step: np.ndarray  # (N,)
+    tokens: np.ndarray  # (N,)
+    loss: np.ndarray  # (S, N, P + 3): nats per token, of the baseline's domains and SUMMARIES
+
+
+def read_curves(groups):
+    """Return the Curve of each group, and the number of windows of each domain that its losses are of.
+
+    Raises UserError unless all runs were evaluated on the same held-out tokens.
+    """
+    paths, held_out = [], []
+    for group in groups:
+        same = {name: value for name, value in group.config["data"].items() if name not in ("data_dir", "tokenizer")}
+        paths.append(group.paths[0])
+        held_out.append(same | {"domains": sorted(group.config["domains"]),
+                                "block_size": group.config["model"]["block_size"]})
+    check_same(paths, held_out, "losses compare on the same held-out tokens only")
+    domains, tokens = groups[0].config["domains"], groups[0].config["data"]["train_tokens"]
+    share = np.array([tokens[name] for name in domains]) / sum(tokens.values())
+    curves, windows = [], {}
+    for group in groups:
+        losses = []  # of each seed: {step: (P,)}
+        for path in group.paths:
+            found, windows[path] = read_evaluations(path, group.config, domains)
+            losses.append(found)
+        step = np.array(sorted(set.intersection(*map(set, losses))))
+        loss = with_summaries(np.array([[found[t] for t in step] for found in losses]), share)
+        curves.append(Curve(step, step * group.tokens_per_step(), loss))
+    check_same(list(windows), [{"eval_windows": found} for found in windows.values()],
+               "losses compare on the same held-out tokens only")
+    return curves, windows[paths[0]][-1]
+
+
+def read_evaluations(run, config, domains):
+    """Return {step: losses (P,)} of a finished run, and the numbers of windows that they are of.  Raises UserError."""
+    found, windows = {}, set()
+    try:
+        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+            if "val_loss" in line:
+                found[line["step"]] = np.array([line["val_loss"][name] for name in domains])
+                windows.add(line["eval_windows"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run}/metrics.jsonl cannot be read ({error}); expected the metrics of a finished run") \
+            from None
+    if config["flags"]["max_steps"] not in found:
+        raise UserError(f"{run}/metrics.jsonl is not of the finished run: its last evaluation is at step "
+                        f"{max(found, default=0)} of {config['flags']['max_steps']}; bring the file that was written "
+                        "with ckpt.pt")
+    return found, sorted(windows)
+
+
+# ---- what is compared, for evaluate.py, too ----
 
 
 @dataclass
@@ -90,153 +175,29 @@ class Measure:
     title: str
     heading: str  # of its column
     unit: str
-    place: str  # " on" a data set, or nothing
     kind: str  # of its parts: domains or tasks
     rows: list  # R names: of the P parts, then of the summaries, the mean first
     values: list  # of each group: (S, R)
     parts: int  # P
-    speed: list = field(default_factory=list)  # if it is logged in training: of each group but the first, as text
-    accuracy: dict = field(default_factory=dict)  # {task: (chance, [(S,) of each group])}
+    place: str = ""  # " on" a data set
 
 
-def read_groups(runs):
-    """Read finished runs as groups of seeds, the baseline's first.  Raises UserError."""
-    members = {}  # of an experiment: [(seed, path, config, parameters)]
-    for run in runs:
-        config, checkpoint = load_finished(run, ("reference", "proxy", "large"))
-        experiment = json.dumps(identity(config) | {"seed": None}, sort_keys=True)
-        members.setdefault(experiment, []).append((config["flags"]["seed"], run, config, checkpoint["model"]))
-    stems = [re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name) for group in members.values()]
-    groups = []
-    for stem, group in zip(stems, members.values()):
-        name = stem if stems.count(stem) == 1 else str(group[0][1])
-        group.sort(key=lambda member: member[0])
-        seeds = [seed for seed, *_ in group]
-        paths = [path for _, path, *_ in group]
-        if len(set(seeds)) < len(seeds):
-            raise UserError(f"{', '.join(map(str, paths))}: the same experiment and seed twice; give each seed once")
-        groups.append(Group(name, seeds, paths, config=group[0][2], parameters=[member[3] for member in group]))
-    return groups
+def logged_loss(groups, curves):
+    """The last losses as a Measure."""
+    domains = groups[0].config["domains"]
+    return Measure("last held-out loss in nats per token", "loss", "nats", "domains", [*domains, *SUMMARIES],
+                   [curve.loss[:, -1] for curve in curves], len(domains))
 
 
-def read_evaluations(run, config, domains):
-    """Return {step: losses (P,)} of a finished run, and the number of windows that they are of.  Raises UserError."""
-    path, steps, found, windows = run / "metrics.jsonl", config["flags"]["max_steps"], {}, set()
-    schema = {"step": count, "eval_windows": count, "val_loss": dict.fromkeys(domains, float)}
-    try:
-        for number, line in json_lines(path):
-            if isinstance(line, dict) and "val_loss" not in line:
-                continue
-            if fault := str(line) if isinstance(line, ValueError) else misfit(line, schema):
-                raise UserError(f"{path}, line {number}: {fault}; expected the metrics of a finished run")
-            found[line["step"]] = np.array([line["val_loss"][name] for name in domains])
-            windows.add(line["eval_windows"])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected the metrics of a finished run") from None
-    if steps not in found:
-        raise UserError(f"{run}: the run is unfinished, evaluated up to step {max(found, default=0)} of {steps}; "
-                        "continue it with --resume")
-    return found, sorted(windows)
-
-
-def logged_loss(groups):
-    """Fill in what the groups' runs logged in training.  Return the last losses as a Measure.
-
-    Raises UserError unless all runs were evaluated on the same held-out tokens.
-    """
-    paths, held_out = [], []
-    config = groups[0].config
-    domains, counts = config["domains"], config["data"]["train_tokens"]
-    for group in groups:
-        same = {name: value for name, value in group.config["data"].items() if name not in ("data_dir", "tokenizer")}
-        same |= {"domains": sorted(group.config["domains"]), "block_size": group.config["model"]["block_size"]}
-        paths.append(group.paths[0])
-        held_out.append(same)
-    check_same(paths, held_out, "losses compare on the same held-out tokens only")
-    share = np.array([counts[name] for name in domains]) / sum(counts.values())
-    windows = {}
-    for group in groups:
-        found = []
-        for path in group.paths:
-            losses, windows[path] = read_evaluations(path, group.config, domains)
-            found.append(losses)
-        group.step = np.array(sorted(set.intersection(*map(set, found))))
-        group.tokens = group.step * group.config["flags"]["batch_size"] * group.config["model"]["block_size"]
-        group.loss = with_summaries(np.array([[losses[t] for t in group.step] for losses in found]), share)
-    check_same(list(windows), [{"eval_windows": found} for found in windows.values()],
-               "losses compare on the same held-out tokens only")
-    speed = [speed_up(group, groups[0]) for group in groups[1:]]
-    return Measure("last held-out loss in nats per token", "loss", "nats", "", "domains", [*domains, *SUMMARIES],
-                   [group.loss[:, -1] for group in groups], len(domains), speed)
-
-
-def speed_up(group, baseline):
-    """Tokens that the baseline takes to its last mean loss, over those that the group takes, as text.
+def speed_up(curve, baseline):
+    """Tokens that the baseline takes to its last mean loss, over those that the other takes, as text.
 
     Both are read off the mean over the seeds.
     """
-    curves = [each.loss[..., MEAN].mean(axis=0) for each in (baseline, group)]
-    there, here = (tokens_to_reach(each.tokens, curve, curves[0][-1]) for each, curve in zip((baseline, group), curves))
+    target = baseline.loss[:, -1, MEAN].mean()
+    there = tokens_to_reach(baseline.tokens, baseline.loss[..., MEAN].mean(axis=0), target)
+    here = tokens_to_reach(curve.tokens, curve.loss[..., MEAN].mean(axis=0), target)
     return "not reached" if np.isnan(here) else f"{there / here:.2f}x"
-
-
-# ---- what evaluate.py has scored ----
-
-
-def evaluations(groups, scores, files):
-    """Return a Measure of each data set and one of all tasks.
-
-    scores: {path of a run: {file: SCORES}}; files: those that all runs have, of the same text.
-    """
-    found = {}  # {(kind, data set): {part: [[what a seed scored] of each group]}}
-    for file in files:
-        first = scores[groups[0].paths[0]][file]
-        text = first["name"] if first["kind"] == "domains" else ""
-        parts = found.setdefault((first["kind"], text), {})
-        for part in first["expected"]:
-            parts[part] = [[scores[path][file]["parts"][part] for path in group.paths] for group in groups]
-    return [evaluation(kind, text, parts) for (kind, text), parts in sorted(found.items())]
-
-
-def evaluation(kind, text, parts):
-    """Return a Measure.  parts: {name: [[what a seed scored] of each group]}."""
-    groups = list(zip(*parts.values()))  # of each: P lists of S
-    values = [np.array([[bits_per_byte(seed) for seed in part] for part in group]).T for group in groups]  # (S, P)
-    values = [np.column_stack([bpb, bpb.mean(axis=1)]) for bpb in values]
-    title = f"bits per byte of the held-out text of {text}" if text else "bits per byte of the right answers"
-    place = f" on {text}" if text else ""
-    measure = Measure(title, "bits/byte", "bits per byte", place, kind, [*parts, "mean"], values, len(parts))
-    for name, part in parts.items():
-        if any(part[0][0]["wrong"]):
-            hits = [np.array([accuracy(seed) for seed in group]) for group in part]
-            measure.accuracy[name] = chance(part[0][0]), hits
-    return measure
-
-
-def shared_evaluations(groups):
-    """Return a Measure of each evaluation that all runs have, and notes."""
-    scores, notes = {}, []
-    for group in groups:
-        for path, parameters in zip(group.paths, group.parameters):
-            scores[path], left_out = read_scores(path / "evaluation", parameters)
-            notes += left_out
-    shared = []
-    for file in sorted(set.union(*map(set, scores.values()))):
-        texts = {found[file]["text"] if file in found else None for found in scores.values()}
-        if len(texts) == 1:
-            shared.append(file)
-        else:
-            notes.append(f"evaluation/{file} is not of the same text in all runs, not shown; run evaluate.py on them")
-    return evaluations(groups, scores, shared), notes
-
-
-# ---- what it prints and draws, for evaluate.py, too ----
-
-
-def looks(n):
-    """How to draw a baseline and n other runs: marker and dash tell them apart in grey, too."""
-    return [figures.BEFORE, *({"color": f"C{i}", "marker": "s^DvPX"[i % 6], "linestyle": ("--", "-.", ":")[i % 3]}
-                              for i in range(n))]
 
 
 def changes(groups, measure):
@@ -245,74 +206,68 @@ def changes(groups, measure):
             for group, values in zip(groups[1:], measure.values[1:])]
 
 
-def in_words(groups, measure):
+def verdicts(groups, measure):
     """A line for each group but the first."""
     lines, P = [], measure.parts
-    for i, (group, (mean, sd)) in enumerate(zip(groups[1:], changes(groups, measure))):
-        line = (f"{group.name} against {groups[0].name}{measure.place}: better in {(mean[:P] < 0).sum()} of {P} "
-                f"{measure.kind}, mean {mean[P]:+.3f}")
-        if len(group.seeds) > 1:
-            line += f" ± {sd[P]:.3f}"
-        line += f" {measure.unit}"
-        if measure.speed:
-            line += f", token-weighted {mean[WEIGHTED]:+.3f}, speed-up {measure.speed[i]}"
-        lines.append(line)
+    for group, (mean, sd) in zip(groups[1:], changes(groups, measure)):
+        spread = f" ± {sd[P]:.3f}" if len(group.seeds) > 1 else ""
+        lines.append(f"{group.name} against {groups[0].name}{measure.place}: better in {(mean[:P] < 0).sum()} of {P} "
+                     f"{measure.kind}, mean {mean[P]:+.3f}{spread} {measure.unit}")
     return lines
 
 
 def change_table(groups, measure):
-    """Lines: the baseline's values, then each other group's change, with * where it is lower."""
+    """Columns of text: the baseline's values, then each other group's change, with * where it is lower."""
     several = any(len(group.seeds) > 1 for group in groups)
-    P = measure.parts
-    first = [groups[0].name, measure.heading]
+    heading = " ±     sd" if several else ""
+    column = [groups[0].name, measure.heading + heading]
     for mean, sd in zip(measure.values[0].mean(axis=0), deviation(measure.values[0])):
-        first.append(f"{mean:.4f}" + f" ±{sd:.4f}" * several)
-    columns = [["", "", *measure.rows], first]
+        column.append(f"{mean:.4f}" + f" ±{sd:.4f}" * several)
+    columns = [["", "", *measure.rows], column]
     for group, (mean, sd) in zip(groups[1:], changes(groups, measure)):
-        column = [group.name, "change "]
+        column = [group.name, "change " + heading]
         for m, s in zip(mean, sd):
             column.append(f"{m:+.4f}{'*' if m < 0 else ' '}" + f" ±{s:.4f}" * several)
-        column.append(f"{(mean[:P] < 0).sum()} of {P}")
         columns.append(column)
-    if several:
-        for column in columns[1:]:
-            column[1] += " ±     sd"
-    if len(groups) > 1:
-        columns[0].append(f"{measure.kind} better")
-        columns[1].append("")
-    if measure.speed:
-        columns[0].append("speed-up in tokens")
-        columns[1].append("")
-        for column, speed in zip(columns[2:], measure.speed):
-            column.append(speed)
-    return figures.align(columns)
+    return columns
 
 
-def show(groups, measures, notes):
-    """Print the tables, and what must be known to read them."""
-    notes, (baseline, *others) = list(notes), groups
-    for group in others:
-        sizes = [("parameters", group.config["n_params"], baseline.config["n_params"])]
-        if group.tokens is not None:
-            sizes.append(("tokens", group.tokens[-1], baseline.tokens[-1]))
-        for what, value, expected in sizes:
+def size_notes(groups):
+    """What must be known to read a comparison of these groups."""
+    notes, baseline = [], groups[0]
+    for group in groups[1:]:
+        for what, value, expected in (
+                ("parameters", group.config["n_params"], baseline.config["n_params"]),
+                ("tokens", *(g.config["flags"]["max_steps"] * g.tokens_per_step() for g in (group, baseline)))):
             if value != expected:
                 notes.append(f"{group.name} has {value:,} {what}, {baseline.name} has {expected:,}")
         if group.seeds != baseline.seeds:
             notes.append(f"{group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
-    for measure in measures:
-        versus = ", and its change from the baseline; * is lower" if others else ""
-        cli.print_anywhere(figures.escaped(f"{measure.title}{versus}") + "\n")
-        cli.print_anywhere("\n".join([*change_table(groups, measure), ""]))
-        for task, (guesses, found) in measure.accuracy.items():
-            each = [f"{group.name} {values.mean():.3f}" + f" ± {deviation(values):.3f}" * (len(values) > 1)
-                    for group, values in zip(groups, found)]
-            cli.print_anywhere(figures.escaped(f"accuracy on {task} (chance {guesses:.3f}): {', '.join(each)}"))
-        for line in in_words(groups, measure):
-            cli.print_anywhere(figures.escaped(line))
-        print()
-    for note in notes:
-        cli.print_anywhere(figures.escaped(f"note: {note}"))
+    return notes
+
+
+def print_table(groups, measure, columns, lines):
+    """columns: of change_table, perhaps with more rows; lines: what follows it."""
+    versus = ", and its change from the baseline; * is lower" if len(groups) > 1 else ""
+    texts = [measure.title + versus, "", *cli.align(columns), "", *lines]
+    cli.print_anywhere("\n".join(map(cli.escaped, texts)) + "\n")
+
+
+def setting(groups):
+    """What a picture is of, in one line."""
+    config, seeds = groups[0].config, groups[0].seeds
+    return (f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
+            f"{config['data']['tokenizer']}, seed {', '.join(map(str, seeds))}"
+            + "; bars and bands: standard deviation over the seeds" * (len(seeds) > 1))
+
+
+# ---- pictures ----
+
+
+def looks(n):
+    """How to draw a baseline and n other runs: marker and dash tell them apart in grey, too."""
+    return [figures.BEFORE, *({"color": f"C{i}", "marker": "s^DvPX"[i % 6], "linestyle": ("--", "-.", ":")[i % 3]}
+                              for i in range(n))]
 
 
 def draw_changes(axes, groups, measure):
@@ -320,48 +275,47 @@ def draw_changes(axes, groups, measure):
 
     Return the parts in this order, and handles and names for a legend.
     """
-    P, names, marks = measure.parts, [group.name for group in groups], looks(len(groups) - 1)
-    what = measure.title
+    names, marks, what = [group.name for group in groups], looks(len(groups) - 1), measure.title
     if len(groups) > 1:
         series, names, marks = changes(groups, measure), names[1:], marks[1:]
         what = f"change of {what}"
         axes.axvline(0, color="0.45", linewidth=1)
-        axes.set_title(f"left of 0: better than {figures.plain(groups[0].name)}")
+        axes.set_title(f"left of 0: better than {figures.short([groups[0].name])[0]}")
     else:
         series = [(measure.values[0].mean(axis=0), deviation(measure.values[0]))]
-    order = np.argsort(series[-1][0][:P], kind="stable")
-    parts = [measure.rows[i] for i in order]
-    rows = [(mean[order], sd[order], mark) for (mean, sd), mark in zip(series, marks)]
+    ranking = np.argsort(series[-1][0][: measure.parts], kind="stable")
+    parts = [measure.rows[i] for i in ranking]
+    rows = [(mean[ranking], sd[ranking] if sd.any() else None, mark) for (mean, sd), mark in zip(series, marks)]
     handles = figures.draw_rows(axes, parts, rows)
     axes.locator_params(axis="x", nbins=7)
-    axes.set_xlabel(figures.plain(what))
+    axes.set_xlabel(figures.wrapped(what, 60))
     return parts, handles, names
 
 
-def draw_curves(axes, groups, column):
+def draw_curves(axes, curves, column):
     """One of the SUMMARIES over the steps, and the step at which each group passes the baseline's last value."""
-    means = [group.loss[..., column].mean(axis=0) for group in groups]  # (N,) each
+    means = [curve.loss[..., column].mean(axis=0) for curve in curves]  # (N,) each
     target, handles = means[0][-1], []
     axes.axhline(target, color="0.45", linewidth=0.8, linestyle=":")
-    for i, (group, mean, look) in enumerate(zip(groups, means, looks(len(groups) - 1))):
-        sd, passed = deviation(group.loss[..., column]), tokens_to_reach(group.step, mean, target)
-        axes.fill_between(group.step, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
-        handles += axes.plot(group.step, mean, markevery=[-1], **look)
-        if group is not groups[0] and not np.isnan(passed):
+    for i, (curve, mean, look) in enumerate(zip(curves, means, looks(len(curves) - 1))):
+        sd, passed = deviation(curve.loss[..., column]), tokens_to_reach(curve.step, mean, target)
+        axes.fill_between(curve.step, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
+        handles += axes.plot(curve.step, mean, markevery=[-1], **look)
+        if i > 0 and len(curves) < 8 and not np.isnan(passed):
             axes.axvline(passed, ymax=0.07 * i, color=look["color"])
             place = passed, 0.07 * i - 0.05  # one above the other, where steps are close
             axes.annotate(f"{passed:.0f} ", place, xycoords=("data", "axes fraction"), ha="right", fontsize=8,
                           color=look["color"])
-    top = max(mean[np.searchsorted(group.step, group.step[-1] / 4)] for group, mean in zip(groups, means))
+    top = max(mean[np.searchsorted(curve.step, curve.step[-1] / 4)] for curve, mean in zip(curves, means))
     low = min(map(np.min, means))
     axes.set(xlim=(0, None), ylim=(low - 0.35 * max(top - low, 1e-3), top),  # the steep start is above the top
              xlabel="step", title=f"held-out loss, {SUMMARIES[column]} (nats per token)")
     return handles
 
 
-def draw_logged(groups, measure):
+def draw_logged(groups, curves, measure):
     """Sampling weights, change of loss per domain, and the mean and the worst domain's loss over the steps."""
-    figure = Figure(figsize=(15, height(groups, measure)), layout="constrained")
+    figure = figures.new(16, height(groups, measure))
     axes = figure.subplot_mosaic([["weight", "change", "mean"], ["weight", "change", "worst"]],
                                  width_ratios=(1, 1.2, 1.4))
     domains, _, _ = draw_changes(axes["change"], groups, measure)
@@ -371,40 +325,15 @@ def draw_logged(groups, measure):
     figures.weight_axis(axes["weight"].xaxis, np.concatenate(weights))
     axes["weight"].set_xlabel("sampling weight")
     axes["change"].set_yticklabels([])
-    lines = draw_curves(axes["mean"], groups, MEAN)
-    draw_curves(axes["worst"], groups, WORST)
-    figures.legend(axes["mean"], lines, [group.name for group in groups], loc="upper right")
-    return figure
-
-
-def draw_evaluations(groups, measures):
-    """A panel for each data set and one for the tasks."""
-    size = 7 * len(measures), max(height(groups, measure) for measure in measures)
-    figure = Figure(figsize=size, layout="constrained")
-    for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
-        _, handles, names = draw_changes(axes, groups, measure)
-        figures.legend(axes, handles, names)
+    lines = draw_curves(axes["mean"], curves, MEAN)
+    draw_curves(axes["worst"], curves, WORST)
+    figures.legend(figure, lines, [group.name for group in groups], loc="outside right center")
     return figure
 
 
 def height(groups, measure):
-    inches = measure.parts * max(0.24, 0.07 * (len(groups) - 1)) + 1.5
-    return min(max(5.0, inches), figures.TALLEST)
-
-
-def publish_comparison(groups, measures, path):
-    """Write the picture of what was logged in training, or else of evaluations."""
-    config, seeds = groups[0].config, groups[0].seeds
-    title = [groups[0].name, *in_words(groups, measures[0])][-1]
-    setting = (f"{config['n_params']:,} parameters, {config['flags']['max_steps']:,} steps, tokenizer "
-               f"{config['data']['tokenizer']}, seed {', '.join(map(str, seeds))}"
-               + "; bars and bands: standard deviation over the seeds" * (len(seeds) > 1))
-    texts = [title, setting, *(group.name for group in groups)]
-    for measure in measures:
-        texts += [measure.title, *measure.rows]
-    with figures.style(*texts):
-        figure = draw_logged(groups, measures[0]) if measures[0].speed else draw_evaluations(groups, measures)
-        figures.publish(figure, title, setting, path)
+    """Inches, enough for a mark of each group in each row and for the legend."""
+    return 1.5 + max(3.5, measure.parts * max(0.24, 0.07 * (len(groups) - 1)), 0.2 * len(groups))
 
 
 # ---- the script ----
@@ -412,18 +341,34 @@ def publish_comparison(groups, measures, path):
 
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs; the first is the baseline")
-    parser.add_argument("--out_dir", type=Path, help="where compare.png goes (default: the last run's directory)")
+    add = parser.add_argument
+    add("runs", nargs="+", type=cli.path, metavar="RUN", help="finished runs; the first is the baseline")
+    add("--out_dir", type=cli.path, help="where compare.png goes (default: the last run's directory)")
     args = parser.parse_args(argv)
     groups = read_groups(args.runs)
     if len(groups) < 2:
         raise UserError(f"{args.runs[0]}: only one experiment is given; give a baseline and at least one other run")
-    logged = logged_loss(groups)
-    others, notes = shared_evaluations(groups)
-    show(groups, [logged, *others], notes)
-    out_dir = args.out_dir or args.runs[-1]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    publish_comparison(groups, [logged], out_dir / "compare.png")
+    curves, windows = read_curves(groups)
+    measure = logged_loss(groups, curves)
+    columns, lines = change_table(groups, measure), verdicts(groups, measure)
+    columns[0] += ["domains better", "speed-up in tokens"]
+    columns[1] += ["", ""]
+    for i, (mean, _) in enumerate(changes(groups, measure)):
+        speed = speed_up(curves[1 + i], curves[0])
+        columns[2 + i] += [f"{(mean[: measure.parts] < 0).sum()} of {measure.parts}", speed]
+        lines[i] += f", token-weighted {mean[WEIGHTED]:+.3f}, speed-up {speed}"
+    measured_on = (f"{windows:,} windows of each domain's held-out text" if windows else "all held-out text") \
+        + ", as logged in training"
+
+    path = Path(args.out_dir or args.runs[-1]) / "compare.png"
+    with figures.style():
+        figures.save(draw_logged(groups, curves, measure), lines[-1], f"{setting(groups)}; {measured_on}", path)
+    print_table(groups, measure, columns, lines)
+    windows_note = (f"these losses are on {measured_on}; evaluate.py scores more windows, per byte: where changes are "
+                    "small, its verdict may be another")
+    for note in [*size_notes(groups), windows_note]:
+        cli.print_anywhere(cli.escaped(f"note: {note}"))
+    cli.print_anywhere(f"written: {path}")
 
 
 if __name__ == "__main__":

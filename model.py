@@ -43,8 +43,9 @@ class ModelConfig:
 
 
 class Linear(nn.Linear):
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, std=0.02):
         super().__init__(n_in, n_out, bias=False)
+        self.std = std  # of the initial weights
 
     def reset_parameters(self):
         """Draw nothing: `initial_parameters` does, and on the meta device PyTorch would import its compiler for it."""
@@ -54,8 +55,15 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
+    std = 0.02
+
     def reset_parameters(self):
         """Draw nothing, as above."""
+
+
+def residual_std(config):
+    """Of the matrices that write into the residual stream, whose variance adds up over the blocks (GPT-2)."""
+    return 0.02 / math.sqrt(2 * config.n_layer)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +96,7 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_size = config.n_embd // config.n_head
         self.qkv = Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_size)
-        self.out = Linear(config.n_embd, config.n_embd)
+        self.out = Linear(config.n_embd, config.n_embd, residual_std(config))
 
     def forward(self, x, rotary):
         B, T, D = x.shape
@@ -96,7 +104,11 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or G, T, E)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head != self.n_head)
+        grouped = self.n_kv_head != self.n_head
+        if grouped and q.is_cuda and q.element_size() > 2:  # no fused kernel there takes groups in float32
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
+            grouped = False
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -106,7 +118,7 @@ class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.gate_up = Linear(config.n_embd, 2 * config.n_ffn)
-        self.down = Linear(config.n_ffn, config.n_embd)
+        self.down = Linear(config.n_ffn, config.n_embd, residual_std(config))
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, F) each
@@ -158,7 +170,7 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, loss, gradients):
         w = weight.to(x.dtype)
-        chunk = loss_chunk(x, len(w))
+        chunk = loss_chunk(x.device, len(w))
         log_z, target_logit = [], []
         for x_c, targets_c in zip(x.flatten(0, 1).split(chunk), targets.flatten().split(chunk)):
             log_z_c, target_logit_c = loss(x_c, w, targets_c)
@@ -173,7 +185,7 @@ class TokenLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         x, weight, targets, log_z = ctx.saved_tensors
         w = weight.to(x.dtype)
-        chunk = loss_chunk(x, len(w))
+        chunk = loss_chunk(x.device, len(w))
         grad_x, grad_weight = [], torch.zeros_like(weight)
         parts = zip(*(t.split(chunk) for t in (x.flatten(0, 1), targets.flatten(), log_z, grad_loss.flatten())))
         for x_c, targets_c, log_z_c, grad_c in parts:
@@ -183,9 +195,9 @@ class TokenLoss(torch.autograd.Function):
         return torch.cat(grad_x).view_as(x), grad_weight, None, None, None
 
 
-def loss_chunk(x, vocab_size):
+def loss_chunk(device, vocab_size):
     """Tokens whose logits are computed at once. A GPU wants few large products: 1 GB of logits there."""
-    return max(1, (LOSS_CHUNK if x.device.type == "cpu" else 64 * LOSS_CHUNK) // vocab_size)
+    return max(1, (LOSS_CHUNK if device.type == "cpu" else 64 * LOSS_CHUNK) // vocab_size)
 
 
 def full_precision(x):
@@ -225,15 +237,16 @@ class Transformer(nn.Module):
         return self
 
     def initial_parameters(self):
-        """Yield (name, value) of every parameter, on the CPU.
+        """Yield (name, value) of every parameter, on the CPU: normal with the std of its module; norms are 1.
 
-        Normal(0, 0.02), divided by sqrt(2 n_layer) where a block writes into the residual stream (GPT-2); norms 1.
+        A module of another kind must be given its own rule here.
         """
-        for name, parameter in self.named_parameters():
-            residual = name.endswith(("out.weight", "down.weight"))
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            value = torch.ones(parameter.shape)
-            yield name, value.normal_(0.0, std) if parameter.dim() == 2 else value
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                value = torch.ones(parameter.shape)
+                if not isinstance(module, RMSNorm):
+                    value.normal_(0.0, module.std)
+                yield name, value
 
     def forward(self, tokens):
         """tokens: (B, T + 1) int64, T <= block_size.  Return token losses (B, T) in nats, float32 (or float64)."""
@@ -242,6 +255,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, self.rotary)
         return TokenLoss.apply(self.norm(x), self.embedding.weight, targets, self.loss, self.gradients)
+
+    def loss_chunks(self, tokens, device):
+        """Into how many chunks the loss of so many tokens is cut."""
+        return math.ceil(tokens / loss_chunk(device, self.config.vocab_size))
 
     def compile_parts(self):
         """Compile the blocks and the loss of a chunk, each by itself: what stands between them may break a graph."""
@@ -265,7 +282,7 @@ class Transformer(nn.Module):
     def freeze(self):
         """Store the parameters in the compute dtype, without gradients: the same losses to the bit, no more casts."""
         for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.dtype)
+            parameter.data = parameter.data.to(self.dtype, copy=True)  # lets go of a mapped checkpoint
         return self.requires_grad_(False)
 
     def n_params(self):

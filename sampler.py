@@ -9,7 +9,8 @@ Dimensions: K domains, B sequences of the global batch, T tokens of a window (bl
 
 import contextlib
 import hashlib
-import urllib.parse
+import os
+import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.cli import UserError, shown
-from common.files import count, misfit, positive_count, read_json, sample_sha256
+from common.cli import UserError, check_same, shown
+from common.files import DATA_FORMAT, folder_name, read_json, sample_sha256
 
 # ---- the data set: one memory-mapped file of token ids per domain and split ------------------------------------------
 
@@ -53,13 +54,16 @@ class Dataset:
         named = dict(zip(self.domains, np.asarray(weights).tolist()))
         return {"domains": list(self.domains), "sampling_weights": named, "data": {"data_dir": self.directory, **data}}
 
-    def check_same_data(self, run, config):
+    def check_tokenizer(self, run, config):
+        """Raise UserError unless a run was trained with this tokenizer.  config: its config.json."""
+        self.check_same_data(run, config, ("tokenizer_sha256", "vocab_size"))
+
+    def check_same_data(self, run, config, names=("tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256")):
         """Raise UserError unless a run was trained on this data with this tokenizer.  config: its config.json."""
-        here, there = self.describe(self.token_counts())["data"], config["data"]
-        for name in ("tokenizer", "tokenizer_sha256", "vocab_size", "train_tokens", "sample_sha256"):
-            if here[name] != there[name]:
-                raise UserError(f"{run} was trained with {name} {shown(there[name])}, but {self.directory} has "
-                                f"{shown(here[name])}; give the data that it was trained on")
+        both = self.describe(self.token_counts())["data"], config["data"]
+        for name in names:
+            check_same([self.directory, run], [{name: data[name]} for data in both],
+                       "give the data, or the tokenizer, that the run was trained with")
 
     def bytes_per_token(self):
         """Of the validation text: (K,) float64.  Turns nats per token into bits per byte."""
@@ -77,42 +81,28 @@ class Dataset:
                 "val_loss_mean": float(val_loss.mean()), "val_loss_worst": float(val_loss.max())}
 
 
-def token_type(value):
-    """uint16 or uint32"""
-    return value in ("uint16", "uint32")
-
-
-DOMAIN = {"train_tokens": count, "val_tokens": positive_count, "val_bytes": positive_count, "train_sha256": str,
-          "val_sha256": str}
-META = {"tokenizer": str, "tokenizer_sha256": str, "vocab_size": positive_count, "eot_token": count,
-        "dtype": token_type, "domains": {str: DOMAIN}}
-
-
 def load_dataset(directory, block_size):
-    """Map data/NAME as windows of block_size + 1 tokens.  Raises UserError for whatever does not fit meta.json."""
+    """Map data/NAME as windows of block_size + 1 tokens.  Raises UserError for bins that are not meta.json's."""
     path = Path(directory) / "meta.json"
     if not path.exists():
-        raise UserError(f"{path} does not exist: {directory} is no data set; run 'python prepare.py' first")
-    meta = read_json(path, META, "prepare the data set again")
-    dtype, domains = np.dtype(meta["dtype"]).newbyteorder("<"), tuple(meta["domains"])
-    if not domains or meta["vocab_size"] > np.iinfo(dtype).max + 1 or meta["eot_token"] >= meta["vocab_size"]:
-        raise UserError(f"{path} has {len(domains)} domains, vocab_size {meta['vocab_size']} in {meta['dtype']} and "
-                        f"eot_token {meta['eot_token']}; prepare the data set again")
-    allow_open_files(2 * len(domains) + 100)  # every map holds one
+        raise UserError(f"{path} does not exist: make {directory} with prepare.py, or if it was moved, name its place "
+                        "with --data_dir")
+    meta = read_json(path, "prepare the data set again")
+    if meta.get("format") != DATA_FORMAT:
+        raise UserError(f"{path} is of format {meta.get('format')}, not {DATA_FORMAT}; prepare the data set again")
+    dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    allow_open_files(2 * len(meta["domains"]) + 100)  # every map holds one
     splits = {"train": [], "val": []}
     for name, counts in meta["domains"].items():
         for split, windows in splits.items():
             file = path.parent / folder_name(name) / f"{split}.bin"
             n_tokens = counts[f"{split}_tokens"]
             size = counts.get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see tools/link.py
-            if not count(size):
-                raise UserError(f"{path}: domains.{name}.{split}_file_bytes is {shown(size)}; prepare the data set "
-                                "again")
             windows.append(map_windows(file, size, n_tokens, dtype, block_size))
             if sample_sha256(file, n_tokens * dtype.itemsize) != counts[f"{split}_sha256"]:
                 raise UserError(f"{file} holds other tokens than those that meta.json describes; prepare the data set "
                                 "again")
-    return Dataset(str(directory), meta, block_size, domains, tuple(splits["train"]), tuple(splits["val"]))
+    return Dataset(str(directory), meta, block_size, tuple(meta["domains"]), *map(tuple, splits.values()))
 
 
 def allow_open_files(n):
@@ -126,18 +116,14 @@ def allow_open_files(n):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def folder_name(domain):
-    """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
-    return urllib.parse.quote(domain, safe=" ()")
-
-
 def map_windows(path, size, n_tokens, dtype, block_size):
     """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1).
 
     size: the bytes that the file must have; n_tokens: how many of its tokens are used, from the start.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing, though meta.json lists it; prepare the data set again")
+        cause = f"links to {path.readlink()}, which is gone" if path.is_symlink() else "is missing"
+        raise UserError(f"{path} {cause}; put it back, or prepare the data set again (link it, if it was linked)")
     found = path.stat().st_size
     if found != size or n_tokens * dtype.itemsize > found:
         raise UserError(f"{path} has {found:,} bytes where meta.json promises {size:,} for {n_tokens:,} tokens: it is "
@@ -165,6 +151,23 @@ def check_vocabulary(rows, vocab_size, path):
 # ---- sampling weights ------------------------------------------------------------------------------------------------
 
 
+NUMBER = r"\s*[-+]?[\d._]+([eE][-+]?\d+)?\s*"
+MIXTURE = re.compile(rf"uniform|token_count|(temperature|unimax):{NUMBER}|.+\.json|{NUMBER}(,{NUMBER})*", re.DOTALL)
+
+
+def split_mixtures(spec):
+    """List the mixtures that + joins.  The + of 1e+2,1 or of a path joins none: both of its sides must be mixtures."""
+    mixtures = [""]
+    for part in spec.split("+"):
+        mixtures[-1] += part
+        if MIXTURE.fullmatch(mixtures[-1]):
+            mixtures.append("")
+        else:
+            mixtures[-1] += "+"
+    whole = os.path.isfile(os.path.expanduser(spec)) or mixtures[-1]
+    return [spec] if whole else mixtures[:-1]
+
+
 def sampling_weights(spec, dataset, planned_tokens):
     """The distribution over domains that batches are drawn from: (K,) float64, sums to 1.
 
@@ -172,8 +175,12 @@ def sampling_weights(spec, dataset, planned_tokens):
     several of these joined by +, which stands for their mean.
     planned_tokens: of the whole run; only unimax needs it.  Raises UserError.
     """
-    if "+" in spec and not Path(spec).is_file():
-        return np.mean([sampling_weights(part, dataset, planned_tokens) for part in spec.split("+")], axis=0)
+    mixtures = split_mixtures(spec)
+    return np.mean([one_mixture(each, dataset, planned_tokens) for each in mixtures], axis=0)
+
+
+def one_mixture(spec, dataset, planned_tokens):
+    """As sampling_weights, of a spec without +."""
     counts, k = dataset.token_counts(), len(dataset.domains)
     kind, _, parameter = spec.partition(":")
     try:
@@ -186,7 +193,7 @@ def sampling_weights(spec, dataset, planned_tokens):
         elif kind == "unimax":
             weights = unimax(counts, planned_tokens, float(parameter))
         elif spec.endswith(".json"):
-            weights = weights_from_json(Path(spec), dataset)
+            weights = weights_from_json(Path(os.path.expanduser(spec)), dataset)
         else:
             weights = np.array([float(part) for part in spec.split(",")])
     except ValueError as error:
@@ -196,7 +203,7 @@ def sampling_weights(spec, dataset, planned_tokens):
         raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
                         f"{', '.join(dataset.domains)}")
     for name, weight in zip(dataset.domains, weights):
-        if not (np.isfinite(weight) and weight >= 0):
+        if not 0 <= weight < np.inf:
             raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
     with np.errstate(over="ignore"):
         total = weights.sum()
@@ -209,22 +216,33 @@ def sampling_weights(spec, dataset, planned_tokens):
 def weights_from_json(path, dataset):
     """{DOMAIN: weight}, or an object that holds that under domain_weights (ours) or train_domain_weights (the official
     repository's).  Matched by name, never by position."""
-    domains, remedy = dataset.domains, "expected an object {DOMAIN: weight} in JSON"
-    content = read_json(path, dict, remedy)
-    provenance = content.get("provenance")
+    content = read_json(path, "expected an object {DOMAIN: weight} in JSON")
     weights = content.get("domain_weights", content.get("train_domain_weights", content))
-    if fault := misfit(weights, {str: float}):
-        raise UserError(f"{path}: {fault}; {remedy}")
-    unknown, missing = sorted(set(weights) - set(domains)), sorted(set(domains) - set(weights))
+    check_weights(path, weights)
+    unknown, missing = set(weights) - set(dataset.domains), set(dataset.domains) - set(weights)
     if unknown or missing:
-        raise UserError(f"{path}: domains do not match: only in the weights: {', '.join(unknown) or 'none'}; only in "
-                        f"the data: {', '.join(missing) or 'none'}. Weights are matched by name; give a domain weight "
-                        "0 to leave it out")
+        raise UserError(f"{path}: domains do not match: only in the weights: {quoted(unknown)}; only in the data: "
+                        f"{quoted(missing)}. Weights are matched by name; give a domain weight 0 to leave it out")
+    provenance = content.get("provenance")
     tokenizer = provenance.get("tokenizer_sha256") if isinstance(provenance, dict) else None
     if tokenizer not in (None, dataset.meta["tokenizer_sha256"]):
         warnings.warn(f"{path} was found with another tokenizer than that of {dataset.directory}; domain weights do "
                       "not carry over between tokenizers.", stacklevel=2)
-    return np.array([float(weights[name]) for name in domains])
+    return np.array([float(weights[name]) for name in dataset.domains])
+
+
+def check_weights(path, weights):
+    """Raise UserError unless a part of a user's file is {DOMAIN: weight}, with finite weights >= 0."""
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: {shown(weights, 60)} is no object {{DOMAIN: weight}}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e300:
+            raise UserError(f"{path}: the weight of '{name}' is {shown(weight, 60)}; it must be a finite number >= 0")
+
+
+def quoted(names):
+    """Names in a message, which tells even those apart that look alike."""
+    return ", ".join(f"{name!r}" if name.isascii() else f"{name!r} ({name!a})" for name in sorted(names)) or "none"
 
 
 def unimax(counts, budget, epochs):
@@ -232,6 +250,8 @@ def unimax(counts, budget, epochs):
 
     counts: (K,) tokens; budget: tokens of the run.  Returns tokens per domain, (K,).
     """
+    if not 0 < epochs < np.inf:
+        raise ValueError(f"{epochs} is no number of epochs")
     tokens, left = np.zeros(len(counts)), float(budget)
     for rank, i in enumerate(np.argsort(counts, kind="stable")):
         tokens[i] = min(left / (len(counts) - rank), epochs * counts[i])
@@ -427,19 +447,3 @@ def domain_sums(domain, k, dtype, *token_values):
     T = token_values[0].size(1)
     per_row = [values.sum(dim=1, dtype=dtype) for values in token_values]
     return torch.stack([*(member @ values for values in per_row), member.sum(dim=1) * T])
-
-
-@torch.no_grad()
-def held_out_loss(forward, dataset, n_windows, machine):
-    """Mean validation loss of each domain in nats per token: (K,) float64 array, the same on all ranks.
-
-    forward: a function from tokens (b, T + 1) to token losses (b, T); machine: a common.ranks.Machine.
-    """
-    k = len(dataset.domains)
-    sums = torch.zeros(2, k, dtype=machine.sum_dtype, device=machine.device)
-    batches = evaluation_batches(dataset, n_windows, machine.micro_batch_size, machine.rank, machine.world_size)
-    for tokens, domain in batches:
-        token_loss = forward(tokens.to(machine.device).long())
-        sums += domain_sums(domain.to(machine.device), k, machine.sum_dtype, token_loss)
-    total, count = machine.all_reduce(sums).cpu().double().numpy()
-    return total / count

@@ -8,6 +8,7 @@ The proxy has the reference's shape. It draws batches with fixed sampling weight
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -16,10 +17,11 @@ from common.cli import UserError
 from common.files import write_atomically
 from common.run import Run, add_machine_flags, fingerprint, load_finished, read_config
 from model import ModelConfig, Transformer
-from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
-from train_reference import adamw, add_optimization_flags, resolve_recipe, set_learning_rate
+from sampler import Sampler, domain_sums, load_dataset, sampling_weights
+from train_reference import adamw, add_optimization_flags, held_out_loss, resolve_recipe, set_learning_rate
 
 OWN = ("seed", "out_dir", "resume", "sampling_weights")  # flags that a proxy does not take from its reference
+DERIVED = {"min_lr": "learning_rate", "warmup_steps": "max_steps"}  # flags that derive from another, which is given
 
 
 def parse_args():
@@ -30,28 +32,27 @@ def parse_args():
     add("--step_size", type=cli.non_negative, default=1.0, help="eta of the update (default: %(default)s, paper's)")
     add("--smoothing", type=cli.fraction, default=1e-3, help="c: alpha is above c / K (default: %(default)s, paper's)")
     add("--sampling_weights", default="uniform", help="what batches are drawn from (default: %(default)s, paper's)")
-    add("--data_dir", help="data set of prepare.py (default: the reference's)")
+    add("--data_dir", type=cli.path, help="data set of prepare.py (default: the reference's)")
     add("--seed", type=cli.natural, help="of the initial parameters and of the batches (default: the reference's + 1)")
-    add_optimization_flags(parser, inherited=True)
-    add_machine_flags(parser, "checkpoints/proxy", inherited=True)
-    if {"-h", "--help"} & set(sys.argv):
+    add_optimization_flags(parser)
+    add_machine_flags(parser, "checkpoints/proxy")
+    if {"-h", "--help"} & set(sys.argv) and not Path(known.reference, "config.json").exists():
         parser.parse_args()  # explains without a reference, and ends
 
     theirs = read_config(known.reference)["flags"]
     shared = {action.dest for action in parser._actions} & theirs.keys() - set(OWN)
-    derived = {"min_lr": "learning_rate", "warmup_steps": "max_steps"}  # from another flag
-    parser.set_defaults(seed=theirs["seed"] + 1, **{name: theirs[name] for name in shared - derived.keys()})
+    parser.set_defaults(seed=theirs["seed"] + 1, **{name: theirs[name] for name in shared - DERIVED.keys()})
     args = parser.parse_args()
-    for name, source in derived.items():
+    for name, source in DERIVED.items():
         if getattr(args, name) is None and getattr(args, source) == theirs[source]:
             setattr(args, name, theirs[name])
-    return args
+    return resolve_recipe(args)
 
 
 def reference_parser(**options):
     parser = cli.ArgumentParser(__doc__, **options)
-    parser.add_argument("--reference", default="checkpoints/reference",
-                        help="run directory of stage 1 (default: %(default)s)")
+    parser.add_argument("--reference", type=cli.path, default="checkpoints/reference", help="run directory of stage 1, "
+                        "whose flags are the defaults of most below (default: %(default)s)")
     return parser
 
 
@@ -70,15 +71,6 @@ def save_weight_history(run, alpha_history):
         last.unlink()
 
 
-def tensor_of(checkpoint, name, shape):
-    """A tensor of a checkpoint.  Raises UserError unless it has this shape and is finite."""
-    found = checkpoint.get(name)
-    if not isinstance(found, torch.Tensor) or found.shape != shape or not found.isfinite().all():
-        raise UserError(f"ckpt.pt: {name} is no finite tensor of shape {shape}; it was changed, or written by another "
-                        "version: delete it to start again")
-    return found
-
-
 def update_alpha(alpha, excess, step_size, smoothing):
     """alpha' = alpha * exp(step_size * excess);  alpha = (1 - c) * alpha' / sum(alpha') + c / K.    (Alg. 1)
 
@@ -90,25 +82,29 @@ def update_alpha(alpha, excess, step_size, smoothing):
 
 def train(args):
     """Train from start or checkpoint to end."""
-    resolve_recipe(args)
     machine = ranks.setup(args)
     origin, origin_checkpoint = load_finished(args.reference, ("reference",))
-    model_config = ModelConfig(**origin["model"])
-    dataset = load_dataset(args.data_dir, model_config.block_size)
+    dataset = load_dataset(args.data_dir, origin["model"]["block_size"])
     dataset.check_same_data(args.reference, origin)
+    model_config = ModelConfig(**origin["model"])
     tokens_per_step = args.batch_size * model_config.block_size
     weights = sampling_weights(args.sampling_weights, dataset, args.max_steps * tokens_per_step)
     K = len(dataset.domains)
+    for name, weight in zip(dataset.domains, weights):
+        if weight == 0:
+            raise UserError(f"--sampling_weights gives '{name}' weight 0: the proxy would never see it, and have no "
+                            "answer for it; give it a weight, or prepare the data without it")
 
     reference = Transformer.load(origin, origin_checkpoint["model"], machine.dtype).to(machine.device).freeze()
     with torch.device("meta"):
         model = Transformer(model_config, machine.dtype, args.activation_checkpointing)
     flops_per_token = model.flops_per_token() * 8 / 6  # the reference's forward pass adds 2 parts to the 6 of a step
     compiled = ranks.decides_to_compile(args, machine, flops_per_token * tokens_per_step * args.max_steps)
-    config = {"stage": "proxy", "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights),
-              "reference": {"out_dir": args.reference, "sampling_weights": origin["sampling_weights"],
-                            "fingerprint": fingerprint(reference),
-                            **{name: origin["flags"][name] for name in ("seed", "max_steps", "batch_size")}}}
+    # What this experiment is: --resume compares it. Record here whatever else changes the batches or the updates
+    config = {"stage": "proxy", "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
+    config["reference"] = {"out_dir": args.reference, "sampling_weights": origin["sampling_weights"],
+                           "fingerprint": fingerprint(reference),
+                           **{name: origin["flags"][name] for name in ("seed", "max_steps", "batch_size")}}
     run = Run(args, machine, config, tokens_per_step, flops_per_token)
 
     torch.manual_seed(args.seed)
@@ -123,9 +119,10 @@ def train(args):
     if run.checkpoint:
         ranks.load(model, optimizer, run.checkpoint, machine)
         sampler.load_state_dict(run.checkpoint["sampler"])
-        excess = tensor_of(run.checkpoint, "excess", (K,)).to(alpha)
-        alpha_history[: run.start] = tensor_of(run.checkpoint, "alpha_history", (run.start, K))
-        alpha = alpha_history[run.start - 1].clone()
+        excess.copy_(run.checkpoint["excess"])
+        alpha_history[: run.start] = run.checkpoint["alpha_history"]
+        alpha.copy_(alpha_history[run.start - 1])
+        run.checkpoint = None
 
     step, stop, named = run.start, False, dataset.by_name
     while step < args.max_steps and not stop:
@@ -141,10 +138,10 @@ def train(args):
             with torch.no_grad():
                 reference_loss = reference_forward(tokens)  # (b, T)
             with torch.set_grad_enabled(single_pass):
-                token_loss = forward(tokens)  # (b, T)
-            clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)
-            sums += domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess)
-        loss_sum, excess_sum, count = machine.all_reduce(sums)  # (K,) each
+                proxy_loss = forward(tokens)  # (b, T)
+            clipped_excess = (proxy_loss.detach() - reference_loss).clamp(min=0)
+            sums += domain_sums(domain, K, machine.sum_dtype, proxy_loss.detach(), clipped_excess)
+        loss_sum, excess_sum, count = run.all_reduce(sums)  # (K,) each
         # Not in the paper: a domain that is absent from the batch keeps its last lambda
         excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)
 
@@ -153,10 +150,9 @@ def train(args):
         alpha_history[step - 1] = alpha
 
         # One step on sum_i alpha_t[i] * (mean loss over the tokens of domain i in the global batch), alpha_t constant
-        token_weight = (alpha / count.clamp(min=1)).to(token_loss.dtype)  # (K,)
+        token_weight = (alpha / count.clamp(min=1)).to(proxy_loss.dtype)  # (K,)
         for tokens, domain in ranks.accumulate(model, micro_batches):
-            if not single_pass:
-                token_loss = forward(tokens)
+            token_loss = proxy_loss if single_pass else forward(tokens)
             (token_weight[domain] * token_loss.sum(dim=1)).sum().backward()
         grad_norm = ranks.clip_gradients(model, args.grad_clip)
         optimizer.step()
@@ -170,15 +166,15 @@ def train(args):
         if run.is_due(step, args.eval_interval):
             val_loss = held_out_loss(forward, dataset, args.eval_windows, machine)
             run.log_evaluation(step, **dataset.evaluation(val_loss))
-        stop = run.stop_requested(step)
+        stop = run.stops_after(step)
         if run.is_due(step, args.save_interval) or stop:
             state = {**ranks.gather(model, optimizer), "sampler": sampler.state_dict()}
             state |= {"excess": excess.cpu(), "alpha_history": alpha_history[:step].cpu()}
             run.save(step, state)
     save_weight_history(run, alpha_history[:step])
     sampler.close()
-    run.close(step)
+    run.close(step, f"python average_weights.py {args.out_dir}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: train(parse_args()), ranks.leave_ranks)
+    ranks.run(lambda: train(parse_args()))

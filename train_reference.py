@@ -15,16 +15,17 @@ from common import cli, ranks
 from common.cli import UserError
 from common.run import Run, add_machine_flags
 from model import ModelConfig, Transformer
-from sampler import Sampler, domain_sums, held_out_loss, load_dataset, sampling_weights
+from sampler import Sampler, domain_sums, evaluation_batches, load_dataset, sampling_weights
 
 DEFAULTS = {"out_dir": "checkpoints/reference", "sampling_weights": "token_count",
             "n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "n_ffn": 96}
+NEXT = {"reference": "train_doremi.py --reference=", "large": "compare.py BASELINE "}
 
 
 def add_data_and_model_flags(parser, defaults):
     """Flags of stages 1 and 4.  defaults: {flag: value}; without one, --sampling_weights must be given."""
     add = parser.add_argument_group("data and model").add_argument
-    add("--data_dir", default="data/demo", help="data set of prepare.py (default: %(default)s)")
+    add("--data_dir", type=cli.path, default="data/demo", help="data set of prepare.py (default: %(default)s)")
     add("--sampling_weights", required="sampling_weights" not in defaults, help="what batches are drawn from: uniform, "
         "token_count, temperature:P (token_count ** P), unimax:EPOCHS, FILE.json, numbers such as 0.2,0.8, or the mean "
         "of several of these: uniform+token_count "
@@ -35,23 +36,21 @@ def add_data_and_model_flags(parser, defaults):
         add(f"--{name}", type=cli.positive, help=f"{meaning} (default: %(default)s)")
 
 
-def add_optimization_flags(parser, inherited=False):
-    """The recipe.  inherited: the help says that the defaults are what the reference's run used."""
+def add_optimization_flags(parser):
+    """The recipe."""
     group = parser.add_argument_group("optimization")
 
-    def add(name, kind, default, meaning, shown="%(default)s", derived_from=None):
-        if inherited:
-            shown = f"the reference's; with another {derived_from}, {shown}" if derived_from else "the reference's"
+    def add(name, kind, default, meaning, shown="%(default)s"):
         choices = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         group.add_argument(name, default=default, help=f"{meaning} (default: {shown})", **choices)
 
     add("--max_steps", cli.positive, 4000, "optimizer steps")
     add("--batch_size", cli.positive, 24, "sequences per step over all ranks")
     add("--learning_rate", cli.non_negative, 3e-3, "peak learning rate")
-    add("--min_lr", cli.non_negative, None, "last learning rate", "a tenth of the peak", "--learning_rate")
+    add("--min_lr", cli.non_negative, None, "last learning rate", "a tenth of the peak")
     add("--lr_schedule", ["cosine", "exponential"], "cosine", "decay after warm-up; exponential is the paper's")
     add("--warmup_steps", cli.natural, None, "steps of linear warm-up",
-        "the paper's 6%% of max_steps, but at least 300, or a third of a shorter run", "--max_steps")
+        "the paper's 6%% of max_steps, but at least 300, or a third of a shorter run")
     add("--weight_decay", cli.non_negative, 0.01, "AdamW's weight decay, on matrices only")
     add("--beta1", cli.fraction, 0.9, "AdamW's decay of the first moment")
     add("--beta2", cli.fraction, 0.99, "AdamW's decay of the second moment")
@@ -66,11 +65,11 @@ def parse_args(description, defaults):
     parser.add_argument("--seed", type=cli.natural, default=1,
                         help="of the initial parameters and of the batches (default: %(default)s)")
     parser.set_defaults(**defaults)
-    return parser.parse_args()
+    return resolve_recipe(parser.parse_args())
 
 
 def resolve_recipe(args):
-    """Fill in the flags that derive from others.  Raises UserError for values that no run can have."""
+    """Fill in the flags that derive from others, and return args.  Raises UserError for values that no run can have."""
     if args.min_lr is None:
         args.min_lr = args.learning_rate / 10
     if args.warmup_steps is None:  # Not in the paper: at least 300 steps, or a third of a run shorter than 900
@@ -79,6 +78,7 @@ def resolve_recipe(args):
         raise UserError(f"--min_lr={args.min_lr} must be above 0 and at most --learning_rate={args.learning_rate}")
     if not 0 <= args.warmup_steps <= args.max_steps:
         raise UserError(f"--warmup_steps={args.warmup_steps} must be between 0 and --max_steps={args.max_steps}")
+    return args
 
 
 def adamw(model, args):
@@ -104,21 +104,37 @@ def set_learning_rate(optimizer, step, args):
     return lr
 
 
+@torch.no_grad()
+def held_out_loss(forward, dataset, n_windows, machine):
+    """Mean validation loss of each domain in nats per token: (K,) float64 array, the same on all ranks.
+
+    forward: a function from tokens (b, T + 1) to token losses (b, T); n_windows: of each domain, 0 for all.
+    """
+    K = len(dataset.domains)
+    sums = torch.zeros(2, K, dtype=machine.sum_dtype, device=machine.device)
+    batches = evaluation_batches(dataset, n_windows, machine.micro_batch_size, machine.rank, machine.world_size)
+    for tokens, domain in batches:
+        token_loss = forward(tokens.to(machine.device).long())
+        sums += domain_sums(domain.to(machine.device), K, machine.sum_dtype, token_loss)
+    loss_sum, count = machine.all_reduce(sums).cpu().double().numpy()
+    return loss_sum / count
+
+
 def train(args, stage):
     """Train from start or checkpoint to end.  stage: "reference" or "large"."""
-    resolve_recipe(args)
     machine = ranks.setup(args)
     dataset = load_dataset(args.data_dir, args.block_size)
-    tokens_per_step = args.batch_size * args.block_size
+    shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn")}
+    model_config = ModelConfig(dataset.vocab_size, **shape)
+    tokens_per_step = args.batch_size * model_config.block_size
     weights = sampling_weights(args.sampling_weights, dataset, args.max_steps * tokens_per_step)
     K = len(dataset.domains)
 
-    shape = ("block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_ffn")
-    model_config = ModelConfig(dataset.vocab_size, **{name: getattr(args, name) for name in shape})
     with torch.device("meta"):
         model = Transformer(model_config, machine.dtype, args.activation_checkpointing)
     flops_per_token = model.flops_per_token()
     compiled = ranks.decides_to_compile(args, machine, flops_per_token * tokens_per_step * args.max_steps)
+    # What this experiment is: --resume compares it. Record here whatever else changes the batches or the updates
     config = {"stage": stage, "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
     run = Run(args, machine, config, tokens_per_step, flops_per_token)
 
@@ -130,6 +146,7 @@ def train(args, stage):
     if run.checkpoint:
         ranks.load(model, optimizer, run.checkpoint, machine)
         sampler.load_state_dict(run.checkpoint["sampler"])
+        run.checkpoint = None
 
     step, stop, named = run.start, False, dataset.by_name
     while step < args.max_steps and not stop:
@@ -143,7 +160,7 @@ def train(args, stage):
             token_loss = forward(tokens)  # (b, T)
             sums += domain_sums(domain, K, machine.sum_dtype, token_loss.detach())
             (token_loss.sum() / tokens_per_step).backward()
-        loss_sum, count = machine.all_reduce(sums)  # (K,) each
+        loss_sum, count = run.all_reduce(sums)  # (K,) each
         grad_norm = ranks.clip_gradients(model, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -155,13 +172,13 @@ def train(args, stage):
         if run.is_due(step, args.eval_interval):
             val_loss = held_out_loss(forward, dataset, args.eval_windows, machine)
             run.log_evaluation(step, **dataset.evaluation(val_loss))
-        stop = run.stop_requested(step)
+        stop = run.stops_after(step)
         if run.is_due(step, args.save_interval) or stop:
             state = {**ranks.gather(model, optimizer), "sampler": sampler.state_dict()}
             run.save(step, state)
     sampler.close()
-    run.close(step)
+    run.close(step, f"python {NEXT[stage]}{args.out_dir}")
 
 
 if __name__ == "__main__":
-    cli.run(lambda: train(parse_args(__doc__, DEFAULTS), "reference"), ranks.leave_ranks)
+    ranks.run(lambda: train(parse_args(__doc__, DEFAULTS), "reference"))

@@ -1,14 +1,19 @@
 """The command line: flags, each once with unit and default, and bad input in one line with exit status 2."""
 
 import argparse
+import codecs
+import contextlib
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import time
+import unicodedata
 
 from tqdm import tqdm
 
@@ -21,11 +26,40 @@ class UserError(Exception):
     """
 
 
-def run(main, leave=lambda: None):
-    """Call main().  Turn a UserError into one line and exit status 2, after leave().
+class Console:
+    """Standard output or error that cannot end a run, be it closed, a pipe that ended, or a file on a full disk.
+
+    Characters that it cannot show are written as escapes.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # of a closed stream, and of none
+            encoding = self.stream.encoding or "utf-8"
+            self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def isatty(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return self.stream.isatty()
+        return False
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def run(main):
+    """Call main().  Turn a UserError into one line and exit status 2.
 
     Each node says it once: its other ranks wait a moment, in which torchrun ends them if they fail of the same.
     """
+    sys.stdout, sys.stderr = Console(sys.stdout), Console(sys.stderr)
     try:
         main()
     except UserError as error:
@@ -34,16 +68,12 @@ def run(main, leave=lambda: None):
         if os.environ.get("LOCAL_RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
-        print_anywhere(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", sys.stderr)
-        leave()
+        print(f"{sys.argv[0]}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 def print_anywhere(text, file=None):
-    """Print, with escapes in place of characters that this console cannot show."""
-    file = file or sys.stdout
-    encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    print(text, file=file or sys.stdout, flush=True)
 
 
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
@@ -54,16 +84,35 @@ class ArgumentParser(argparse.ArgumentParser):
     """argparse with @FILE (several words, '# comments' and blank lines allowed) and errors in one line, status 2."""
 
     def __init__(self, description, **options):
-        super().__init__(description=description, **options, fromfile_prefix_chars="@", allow_abbrev=False,
+        super().__init__(description=wrapped(description), **options, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter,
                          epilog="@FILE reads flags from a file, e.g. @configs/official_120m.txt; later flags win.")
         self.files = []
 
-    def _read_args_from_files(self, arg_strings):
-        self.files += [arg[1:] for arg in arg_strings if arg.startswith("@")]
-        return super()._read_args_from_files(arg_strings)
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self.expand(sys.argv[1:] if args is None else args), namespace)
 
-    def convert_arg_line_to_args(self, line):
+    def expand(self, words):
+        """Put the words of a file in the place of @FILE."""
+        found = []
+        for word in words:
+            found += self.expand(self.words_of_file(word[1:])) if word.startswith("@") else [word]
+        return found
+
+    def words_of_file(self, name):
+        self.files.append(name)
+        try:
+            with open(os.path.expanduser(name), "rb") as file:
+                data = file.read()
+            utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as some Windows tools write
+            lines = data.decode("utf-16" if utf16 else "utf-8-sig").splitlines()
+        except OSError as error:
+            self.error(f"@{name} cannot be read ({error.strerror})")
+        except UnicodeDecodeError:
+            self.error(f"@{name} is not text in UTF-8; save it in that encoding")
+        return [word for line in lines for word in self.words_of_line(line)]
+
+    def words_of_line(self, line):
         """Words, with '...' or "..." around what has spaces.  A # begins a comment at the start of a word only; no
         other character means anything: runs/lr#2 and C:\\runs are what they look like."""
         words, rest = [], line.strip()
@@ -78,6 +127,18 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message):
         where = f" (flags were also read from {', '.join(self.files)})" if self.files else ""
         self.exit(2, f"{self.prog}: error: {message}{where}; see --help\n")
+
+
+def wrapped(description):
+    """Fit a docstring to the terminal: paragraphs are filled, the lines of a table keep their places."""
+    width, parts = max(40, shutil.get_terminal_size().columns - 2), []
+    for paragraph in description.strip().split("\n\n"):
+        if "   " in paragraph:
+            lines = [textwrap.fill(line, width, subsequent_indent=" " * 8) for line in paragraph.splitlines()]
+            parts.append("\n".join(lines))
+        else:
+            parts.append(textwrap.fill(" ".join(paragraph.split()), width))
+    return "\n\n".join(parts)
 
 
 def path(text):
@@ -117,6 +178,14 @@ def fraction(text):
     return value
 
 
+def check_same(names, found, remedy):
+    """Raise UserError where {key: value} of one is not that of the first.  names, found: of each."""
+    for name, values in zip(names, found):
+        for key in sorted(values.keys() | found[0].keys()):
+            if (here := values.get(key)) != (there := found[0].get(key)):
+                raise UserError(f"{name}: {key} is {shown(here)}, but {shown(there)} in {names[0]}; {remedy}")
+
+
 def flag_lines(args):
     """The flags in the form that @FILE reads back, --resume left out: a fresh run of the same."""
     lines = []
@@ -131,3 +200,25 @@ def flag_lines(args):
 def shown(value, width=200):
     text = json.dumps(value, default=repr)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def escaped(text):
+    """Write the characters that cannot be shown as Python does: \\n, \\x07."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def align(columns):
+    """Return the lines of a table from columns of strings, the first flush left and the others flush right."""
+    columns = [[escaped(cell) for cell in column] for column in columns]
+    widths = [max(map(width, column)) for column in columns]
+    lines = []
+    for first, *others in zip(*columns):
+        cells = [first + " " * (widths[0] - width(first))]
+        cells += [" " * (space - width(cell)) + cell for space, cell in zip(widths[1:], others)]
+        lines.append("   ".join(cells))
+    return lines
+
+
+def width(text):
+    """Return the columns that a text takes on a terminal: Chinese characters take two, accents of their own none."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "FW") for c in text)

@@ -1,6 +1,7 @@
 """Files that are read with care and written whole.  It imports neither torch nor anything of ranks."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -8,43 +9,39 @@ import os
 import shutil
 import signal
 import sys
+import urllib.parse
 import uuid
+import warnings
 from pathlib import Path
 
-import filelock
+from common.cli import UserError, print_anywhere, shown
 
-from common.cli import UserError, shown
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 # ---- reading: what a file says is checked once, here ----
 
 
-def read_json(path, schema, remedy):
-    """Return the value in a JSON file, which must fit `schema` (see `misfit`).
-
-    Raises UserError, which ends in `remedy`: what the user can do.
-    """
+def read_json(path, remedy):
+    """Return the object in a JSON file.  Raises UserError, which ends in `remedy`: what the user can do."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
+        if not isinstance(value, dict):
+            raise ValueError(f"no object: {shown(value, 60)}")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({shorter(error)}); {remedy}") from None
-    if fault := misfit(value, schema):
-        raise UserError(f"{path}: {fault}; {remedy}")
     return value
 
 
-def json_lines(path):
-    """Yield (number from 1, value) of the lines of a file of JSON lines; ValueError in place of a value that is none.
+def parse_lines(file):
+    """Yield (number from 1, value) of the lines of a binary file of JSON lines; ValueError in place of a bad value.
 
     A line ends at \\n alone: other line separators may stand within a string.
     """
-    with open(path, "rb") as file:
-        yield from parse_lines(file)
-
-
-def parse_lines(file):
-    """As json_lines, of an open binary file."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -61,54 +58,6 @@ def unique_names(pairs):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the name {twice!r} stands twice")
     return dict(pairs)
-
-
-def misfit(value, schema, place=""):
-    """Say in what a JSON value does not fit a schema, or return None.
-
-    schema: a type (float: any finite number; int: no bool), a tuple of schemas of which one must fit, None, [schema]
-    for a list, {str: schema} for an object with any names, {"name": schema, ...} for one that has at least these, or
-    a function that tells whether the value is good and whose docstring says what is.
-    """
-    where = place or "the whole"
-    if isinstance(schema, tuple):
-        faults = [misfit(value, each, place) for each in schema]
-        return None if None in faults else faults[-1]
-    if schema is None:
-        return None if value is None else f"{where} is {shown(value, 60)}, expected null"
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return f"{where} is {shown(value, 60)}, expected a list"
-        faults = (misfit(item, schema[0], f"{place}[{i}]") for i, item in enumerate(value))
-        return next(filter(None, faults), None)
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return f"{where} is {shown(value, 60)}, expected an object"
-        expected = dict.fromkeys(value, schema[str]) if str in schema else schema
-        for name, part in expected.items():
-            if name not in value:
-                return f"{where} lacks {name!r}"
-            if fault := misfit(value[name], part, f"{place}.{name}" if place else name):
-                return fault
-        return None
-    if schema is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-    elif isinstance(schema, type):
-        good = isinstance(value, schema) and (schema is bool or not isinstance(value, bool))
-    else:
-        good = schema(value)
-    kinds = {float: "a finite number", int: "a whole number", str: "a string", bool: "true or false", dict: "an object"}
-    return None if good else f"{where} is {shown(value, 60)}, expected {kinds.get(schema) or schema.__doc__}"
-
-
-def count(value):
-    """a whole number from 0 to 2**62"""
-    return type(value) is int and 0 <= value <= 2**62
-
-
-def positive_count(value):
-    """a whole number from 1 to 2**62"""
-    return count(value) and value > 0
 
 
 def shorter(error, width=120):
@@ -138,16 +87,45 @@ def sample_sha256(path, size):
     return digest.hexdigest()
 
 
+DATA_FORMAT = 1  # of a data set: of meta.json and of what it lists
+
+
+def folder_name(domain):
+    """The name of a domain's folder: the domain, with slashes and other unusual characters as %XX."""
+    return urllib.parse.quote(domain, safe=" ()")
+
+
 # ---- writing: a file or a folder appears whole or not at all ----
+
+
+def hold(path):
+    """Open and lock a file for as long as this process lives.  Return it, or None where another process holds it.
+
+    Where a disk has no locks, as on some clusters, say so and go on.
+    """
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError as error:
+        warnings.warn(f"{path}: this disk has no file locks ({error.strerror}); nothing else must write there",
+                      stacklevel=2)
+    return file
 
 
 def write_atomically(path, content):
     """Write a file that appears whole or not at all.  content: a string, or a function that writes to a binary file.
 
-    Raises UserError for what the system says of this file: a full disk, a missing right.
+    Raises UserError for what the system says of this file: a full disk, a quota, a missing right.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
@@ -174,42 +152,43 @@ def is_of_the_file(error):
 def staged(out_dir):
     """Make a folder that becomes out_dir when the block ends, and is removed if the block fails or is stopped.
 
-    A killed run leaves such a folder, which the next one clears: its lock dies with its process.  Raises UserError if
-    out_dir exists, if another run is writing it, and for what the system says of it: a full disk, a missing right.
+    Raises UserError if out_dir exists, and for what the system says of it. Folders that others have left are not
+    touched. Where the last step fails the folder stays: it may be the work of hours.
     """
     target = Path(os.path.abspath(out_dir))
     if os.path.lexists(target):
-        raise UserError(f"{out_dir}: exists already; delete it, or choose another --out_dir")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    staging = target.with_name(f".{target.name}.tmp")
-    lock = filelock.FileLock(staging / ".lock", timeout=0)
+        raise UserError(f"{out_dir}: exists already; delete it, or choose another place")
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        print_anywhere(f"{other}: is of a run that was killed, or is still being written; in the first case, delete it")
     try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"{out_dir}: another run is writing it; wait for it, or choose another --out_dir") from None
+        (staging / "inside").mkdir(parents=True)
+        staging.rename(f"{staging}2").rename(staging)  # some disks cannot, which is better known before the work
+        (staging / "inside").rmdir()
     except OSError as error:
-        raise UserError(f"{out_dir}: cannot be made ({error.strerror}); choose another --out_dir") from None
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(f"{out_dir}: a folder cannot be made and renamed there ({error.strerror}); choose another "
+                        "place") from None
+    handlers = {}
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            handlers[number] = signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        for path in staging.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
         yield staging
-        staging.rename(target)
-        (target / ".lock").unlink()
     except BaseException as error:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning
         shutil.rmtree(staging, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{error.filename or out_dir}: {error.strerror or error}; free space or choose another "
-                            "--out_dir, then run the same command again") from None
+                            "place, then run the same command again") from None
         raise
     finally:
-        lock.release()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        staging.rename(target)
+    except OSError as error:
+        raise UserError(f"{staging}: is finished, but cannot be renamed to {target} ({error.strerror}); rename it "
+                        "yourself") from None
 
 
 def finite(value):

@@ -13,7 +13,9 @@ import numpy as np
 import rustbpe
 import tiktoken
 
+from common import cli
 from common.cli import UserError
+from common.files import shorter
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json
@@ -36,6 +38,11 @@ class Tokenizer(NamedTuple):
     encoding: tiktoken.Encoding | None = None  # unless it is a tokenizer.json
 
 
+def tokenizer_name(text):
+    """The type of --tokenizer: a file may be given with ~."""
+    return cli.path(text) if text.endswith((".json", ".tiktoken")) else text
+
+
 def load_tokenizer(spec, eot_token=None, sample=None):
     """Return the Tokenizer that --tokenizer asks for.  Raises UserError.
 
@@ -53,20 +60,28 @@ def load_tokenizer(spec, eot_token=None, sample=None):
             return from_merges(Path(spec).name, read_merges(spec))
         if spec.endswith(".json"):
             return from_json(spec, Path(spec).read_bytes(), eot_token)
-        return from_tiktoken(tiktoken.get_encoding(spec))
-    except ValueError:  # tiktoken's
-        known = ", ".join(["bytes", "train:N", "FILE.tiktoken", "FILE.json", *tiktoken.list_encoding_names()])
-        raise UserError(f"--tokenizer={spec}: unknown; expected one of {known}") from None
+        if spec in tiktoken.list_encoding_names():
+            return from_tiktoken(tiktoken.get_encoding(spec))
     except OSError as error:  # of a file, or of tiktoken's download
         raise UserError(f"--tokenizer={spec}: cannot be read ({error.strerror or type(error).__name__}); without a "
                         "network, set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
+    except ValueError as error:
+        raise UserError(f"--tokenizer={spec}: cannot be used ({shorter(error)}); if its download is damaged, repeat it"
+                        ) from None
+    known = ", ".join(["bytes", "train:N", "FILE.tiktoken", "FILE.json", *tiktoken.list_encoding_names()])
+    raise UserError(f"--tokenizer={spec}: unknown; expected one of {known}")
 
 
 def data_tokenizer(dataset):
     """The Tokenizer that a data set was made with.  Raises UserError."""
-    spec, eot = str(next(Path(dataset.directory).glob("tokenizer.*"), dataset.meta["tokenizer"])), None
+    spec, eot = dataset.meta["tokenizer"], None
+    if spec.startswith("train:") or spec.endswith((".json", ".tiktoken")):
+        file = next(Path(dataset.directory).glob("tokenizer.*"), None)
+        if not file:
+            raise UserError(f"{dataset.directory}: its tokenizer.json or tokenizer.tiktoken is gone; put it back")
+        spec = str(file)
     if spec.endswith(".json"):
-        eot = optional("tokenizers", spec).Tokenizer.from_file(spec).id_to_token(dataset.meta["eot_token"])
+        eot = parse_json(spec, Path(spec).read_bytes()).id_to_token(dataset.meta["eot_token"])
     tokenizer = load_tokenizer(spec, eot)
     if tokenizer.sha256 != dataset.meta["tokenizer_sha256"]:
         raise UserError(f"{spec} is not the tokenizer that {dataset.directory} was made with; put that one back")
@@ -93,7 +108,8 @@ def read_merges(spec):
     except ValueError:
         merges = {}
     if sorted(merges.values()) != list(range(len(merges))) or not all(bytes([byte]) in merges for byte in range(256)):
-        raise UserError(f"--tokenizer={spec}: not a .tiktoken file, with ranks 0, 1, 2, ... and all single bytes")
+        raise UserError(f"--tokenizer={spec}: not a .tiktoken file, or a damaged one: expected ranks 0, 1, 2, ... "
+                        "and all single bytes")
     return merges
 
 
@@ -119,16 +135,25 @@ def from_tiktoken(encoding):
                      encoding=encoding)
 
 
-def from_json(spec, data, eot_token):
-    """Return the Tokenizer of a tokenizer.json: the ids of transformers.AutoTokenizer without special tokens."""
+def parse_json(spec, data):
+    """Return the tokenizers.Tokenizer of a tokenizer.json, without what makes its ids depend on more than the text."""
     tokenizers = optional("tokenizers", f"--tokenizer={spec}")
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no other class
-        raise UserError(f"--tokenizer={spec}: not a tokenizer.json: {error}") from None
+        raise UserError(f"--tokenizer={spec}: not a tokenizer.json, or a damaged one ({shorter(error)}); download it "
+                        "again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # names of special tokens are text
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None  # it gives other ids each time
+    return tokenizer
+
+
+def from_json(spec, data, eot_token):
+    """Return the Tokenizer of a tokenizer.json: the ids of transformers.AutoTokenizer without special tokens."""
+    tokenizer = parse_json(spec, data)
     ids = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     found = [name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids]

@@ -13,12 +13,18 @@ import doctest
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import random
 import re
 import sys
 import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.cli import UserError, print_anywhere, run
+from common.files import staged
 
 TEST = r"(^|/)(tests?|testing|_?internal_tests)/|/(test_[^/]*|conftest)\.py$"
 CODE = rf"(?!.*({TEST}|/_vendor|_pb2)).*\.py$"
@@ -38,17 +44,12 @@ DOMAINS = {
 }  # fmt: skip
 
 
-def refuse(message):
-    print(f"demo/corpus.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def files(package, pattern):
     """Yield the texts of a package's files whose paths match, in an order that mixes its folders."""
     try:
         roots = importlib.util.find_spec(package).submodule_search_locations
     except (ModuleNotFoundError, AttributeError):
-        refuse(f"the package {package} is missing; pip install -r requirements.txt")
+        raise UserError(f"the package {package} is missing; pip install -r requirements.txt") from None
     paths = {}  # path from the package's name on -> path on this machine
     for root in roots:
         for path in Path(root).rglob("*"):
@@ -112,32 +113,28 @@ def sources(domain, packages, pattern):
 
 
 def main():
-    if len(sys.argv) != 2:
-        refuse("expected one argument: python demo/corpus.py OUT_DIR")
-    out_dir, seen = Path(sys.argv[1]), set()
-    if out_dir.exists():
-        refuse(f"{out_dir} exists already; delete it, or choose another folder")
-    staging = out_dir.with_name(f"{out_dir.name}.tmp")  # a run that is killed leaves no OUT_DIR
-    staging.mkdir(parents=True, exist_ok=True)
-    for domain, (millions, packages, pattern) in DOMAINS.items():
-        kept, left, found = [], round(millions * 1e6), list(sources(domain, packages.split(), pattern))
-        for rank, source in enumerate(found):
-            share = left // (len(found) - rank)
-            for text in source:
-                new = []
-                for part in text.split("\n\n"):
-                    if len(part.strip()) < 60 or part.strip() not in seen:
-                        new.append(part)
-                        seen.add(part.strip())
-                kept.append("\n\n".join(new).strip("\n")[:share] + "\n\n")
-                share -= len(kept[-1])
-                left -= len(kept[-1])
-                if share <= 0:
-                    break
-        (staging / f"{domain}.txt").write_text("".join(kept), encoding="utf-8", newline="\n")
-        print(f"{out_dir}/{domain}.txt: {sum(map(len, kept)) / 1e6:.1f} million characters")
-    staging.rename(out_dir)
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-") or "://" in sys.argv[1]:
+        raise UserError("usage: python demo/corpus.py OUT_DIR, a folder to make on a disk of this machine")
+    out_dir, seen = os.path.expanduser(sys.argv[1]), set()
+    with staged(out_dir) as staging:
+        for domain, (millions, packages, pattern) in DOMAINS.items():
+            kept, left, found = [], round(millions * 1e6), list(sources(domain, packages.split(), pattern))
+            for rank, source in enumerate(found):
+                share = left // (len(found) - rank)
+                for text in source:
+                    new = []
+                    for part in text.split("\n\n"):
+                        if len(part.strip()) < 60 or part.strip() not in seen:
+                            new.append(part)
+                            seen.add(part.strip())
+                    kept.append("\n\n".join(new).strip("\n")[:share] + "\n\n")
+                    share -= len(kept[-1])
+                    left -= len(kept[-1])
+                    if share <= 0:
+                        break
+            (staging / f"{domain}.txt").write_text("".join(kept), encoding="utf-8", newline="\n")
+            print_anywhere(f"{out_dir}/{domain}.txt: {sum(map(len, kept)) / 1e6:.1f} million characters")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,6 +20,8 @@ from statistics import median
 
 import numpy as np
 
+from common import cli
+from common.cli import UserError
 from common.files import sample_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +43,8 @@ def random_data(folder, vocab_size, n_domains=22, n_tokens=100_000):
             rng.integers(vocab_size, size=n).astype(dtype).tofile(path)
             entry |= {f"{side}_tokens": n, f"{side}_documents": 1, f"{side}_bytes": n}
             entry[f"{side}_sha256"] = sample_sha256(path, path.stat().st_size)
-    meta = {"tokenizer": "random", "tokenizer_sha256": "", "vocab_size": vocab_size, "eot_token": 0, "dtype": dtype,
-            "domains": domains}
+    meta = {"format": 1, "tokenizer": "random", "tokenizer_sha256": "", "vocab_size": vocab_size, "eot_token": 0,
+            "dtype": dtype, "domains": domains}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
@@ -56,7 +58,7 @@ def shape_flags(shape):
 def python(*command, cwd):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr[-2000:]}")
+        raise UserError(f"{' '.join(map(str, command))}: {done.stderr[-2000:]}")
     return done.stdout
 
 
@@ -88,17 +90,19 @@ def run_nanogpt(source, folder, data, shape, steps, device, compiled):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.ArgumentParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="4M", help="(default: %(default)s)")
-    parser.add_argument("--ranks", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--ranks", type=cli.positive, default=1, help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="(default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="(default: yes)")
-    parser.add_argument("--steps", type=int, default=40, help="of each run (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=cli.positive, default=40, help="of each run (default: %(default)s)")
+    parser.add_argument("--repeats", type=cli.positive, default=3, help="(default: %(default)s)")
     other = parser.add_mutually_exclusive_group(required=True)
-    other.add_argument("--against", type=Path, help="another checkout of this project")
-    other.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    other.add_argument("--against", type=cli.path, help="another checkout of this project")
+    other.add_argument("--nanogpt", type=cli.path, help="a checkout of nanoGPT")
     args, passed_on = parser.parse_known_args()
+    if args.steps < 15:
+        parser.error("--steps must be at least 15: the first 10 are not measured")
     compiled = "--compile" if args.compile else "--no-compile"
     flags = [*shape_flags(args.shape), f"--device={args.device}", compiled, *passed_on]
     ours, theirs, script = [], [], ["train_reference.py"]
@@ -113,10 +117,10 @@ def main():
                 theirs.append(run_nanogpt(args.nanogpt, folder, data, args.shape, args.steps, args.device,
                                           args.compile))
             else:
-                theirs.append(run(args.against.resolve(), *call)[0])
+                theirs.append(run(Path(args.against).resolve(), *call)[0])
     for name, values in ("tokens per second", ours), ("the other's", theirs), ("ratio", np.divide(ours, theirs)):
         print(f"{name}: {median(values):.4g} ({min(values):.4g} to {max(values):.4g})")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import sample_sha256
-from sampler import folder_name
+from common.files import folder_name, sample_sha256
 
 PIECE = 512  # tokens
 

@@ -5,12 +5,13 @@
 """
 
 import itertools
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from average_weights import total_variation
+from common import cli
+from common.cli import UserError
 from experiments.theory import LOOKS, own_slope, predict, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,10 +65,21 @@ def print_domains(corpus, lines, steps):
               + ", ".join(f"{other} {distance:.3f}" for other, distance in others.items()))
 
 
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        lines = read(path)
-        print_domains(path, lines, max(line["steps"] for line in lines))
-    if len(sys.argv) == 1:
+def main():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("results", nargs="*", type=cli.path, metavar="RESULTS.jsonl",
+                        help="what experiments.theory has measured (default: the two corpora in experiments/results)")
+    paths = parser.parse_args().results
+    for path in paths:
+        try:
+            lines = read(path)
+            print_domains(path, lines, max(line["steps"] for line in lines))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path}: {error}; expected what experiments.theory has measured") from None
+    if not paths:
         for corpus in ("twelve", "demo"):
             print_domains(corpus, read(RESULTS / f"theory-{corpus}.jsonl"), 6400)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,7 +1,7 @@
 """What does each departure from Algorithm 1 cost?  The exact proxy beside five that public implementations train.
 
 reads   a reference run (stage 1) and its data
-writes  docs/exactness.png, and prints the table of docs/exactness.md
+writes  a figure, and prints the table of docs/exactness.md
 e.g.    python -m experiments.exactness --reference=checkpoints/reference --max_steps=1000
 
 Every variant sees the same batches from the same initial parameters. Only the lines that name a variant differ from
@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from average_weights import effective_domains, total_variation
-from common import cli, ranks
+from common import cli, figures, ranks
 from common.files import write_atomically
 from common.run import load_finished
 from model import Transformer
@@ -76,7 +75,7 @@ def distance(a, b):
 
 def draw(domains, alphas, setting):
     """A panel per variant: alpha over the steps, and at the right edge its average, the answer."""
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
+    figure = figures.new(13, 5.2)
     away = {variant: distance(alphas[variant], alphas["exact"]) for variant in VARIANTS}
     for panel, variant in zip(figure.subplots(2, 3, sharex=True, sharey=True).flat, VARIANTS):
         T = len(alphas[variant])
@@ -94,14 +93,20 @@ def draw(domains, alphas, setting):
     return figure
 
 
+def seeds_list(text):
+    return [cli.natural(part) for part in text.split(",")]
+
+
 def main():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--reference", default="checkpoints/reference", help="run directory of stage 1 (default: %(default)s)")
+    add("--reference", type=cli.path, default="checkpoints/reference",
+        help="run directory of stage 1 (default: %(default)s)")
     add("--step_size", type=cli.non_negative, default=1.0, help="of the weight update (default: %(default)s)")
     add("--smoothing", type=cli.fraction, default=1e-3, help="of the weight update (default: %(default)s)")
-    add("--seeds", default="2,3,4", help="of the exact proxies; the first also of the others (default: %(default)s)")
-    add("--out", type=Path, default=Path("docs/exactness.png"), help="the figure (default: %(default)s)")
+    add("--seeds", type=seeds_list, default=[2, 3, 4],
+        help="of the exact proxies; the first also of the others (default: 2,3,4)")
+    add("--out", type=cli.path, default="checkpoints/exactness.png", help="the figure (default: %(default)s)")
     add("--max_steps", type=cli.positive, help="of every proxy (default: the reference's)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
     add("--compile", action="store_true", help="torch.compile (default: no)")
@@ -113,10 +118,9 @@ def main():
     flags |= {name: value for name, value in vars(args).items() if value is not None}
     args = argparse.Namespace(**flags)
     resolve_recipe(args)
-    machine, seeds = ranks.setup(args), [int(seed) for seed in args.seeds.split(",")]
+    machine, seeds = ranks.setup(args), args.seeds
     dataset = load_dataset(config["data"]["data_dir"], config["model"]["block_size"])
     reference = Transformer.load(config, checkpoint["model"], machine.dtype).to(machine.device).freeze()
-    args.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
 
     alphas = {variant: train_proxy(variant, reference, dataset, machine, args, seeds[0]) for variant in VARIANTS}
     alphas |= {f"exact, seed {seed}": train_proxy("exact", reference, dataset, machine, args, seed)
@@ -130,8 +134,8 @@ def main():
               f"{np.median(effective_domains(alpha)):.1f} | {effective_domains(answer):.1f} | "
               f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
     setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
-    write_atomically(args.out, lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
-    print(f"written: {args.out}")
+    write_atomically(Path(args.out), lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
+    cli.print_anywhere(f"written: {args.out}")
 
 
 if __name__ == "__main__":

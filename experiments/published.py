@@ -8,16 +8,14 @@ other three are measured against them. Dimensions: N runs, K domains.
 
 import itertools
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 
 from average_weights import total_variation
-from common.figures import STYLE
+from common import cli, figures
+from common.files import write_atomically
 
 DATA = Path(__file__).parent / "results" / "published.json"
 COMPARED = 5
@@ -214,10 +212,10 @@ def print_features(data, domains, five):
 # ---- the figure
 
 
-@matplotlib.rc_context(STYLE)
-def draw(path, domains, runs):
+def draw(domains, runs):
     """Left: the tilt of each domain in the five runs and in the paper's 280M run. Right: against the one foretold."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 6.2), layout="constrained", width_ratios=(1.1, 1))
+    figure = figures.new(11, 6.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
     five, outlier = runs[:COMPARED], next(run for run in runs if run.name == "paper 280M")
     order, rows = np.argsort(np.mean([run.tilt for run in five], axis=0)), np.arange(len(domains))
     tilts = np.array([run.tilt for run in five])
@@ -234,10 +232,13 @@ def draw(path, domains, runs):
     figure.suptitle("The same domains gain and lose in five DoReMi runs on The Pile; the paper's 280M run (x) departs",
                     weight="bold", fontsize=12)
     figure.legend(loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def main(figure=None):
+def main():
+    parser = cli.ArgumentParser(__doc__)
+    parser.add_argument("figure", nargs="?", type=cli.path, metavar="FIGURE.png", help="draw it (default: tables only)")
+    figure = parser.parse_args().figure
     data, runs = load()
     domains = np.array(data["domains"])
     print_runs(runs)
@@ -246,8 +247,9 @@ def main(figure=None):
     print_rounds(data["rounds"])
     print_features(data, domains, runs[:COMPARED])
     if figure:
-        draw(figure, domains, runs)
+        with figures.style():
+            write_atomically(Path(figure), lambda file: draw(domains, runs).savefig(file, format="png", dpi=110))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    cli.run(main)

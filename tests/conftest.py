@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.files import sample_sha256
-from common.run import identity
+from common.files import folder_name, sample_sha256
+from common.run import FORMAT, SIGNALS, identity
 from common.tokenizer import load_tokenizer
-from sampler import Sampler, folder_name, load_dataset
+from sampler import Sampler, load_dataset
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 64
@@ -38,7 +38,6 @@ TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_em
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the long forms: every split, many kills, more seeds")
-    parser.addoption("--device", default="cuda", help="of test_cuda.py; cpu tries its code without a card")
 
 
 def pytest_runtest_setup(item):
@@ -51,16 +50,17 @@ def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     directory = Path(directory)
     domains = {}
     for name, (train, val) in streams.items():
-        (directory / name).mkdir(parents=True)
+        folder = directory / folder_name(name)
+        folder.mkdir(parents=True)
         for split, ids in (("train", train), ("val", val)):
-            np.asarray(ids, dtype="<u2").tofile(directory / name / f"{split}.bin")
+            np.asarray(ids, dtype="<u2").tofile(folder / f"{split}.bin")
         domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
                          "train_bytes": 3 * len(train), "val_bytes": 3 * len(val),
-                         **{f"{split}_sha256": sample_sha256(directory / name / f"{split}.bin", 2 * len(ids))
+                         **{f"{split}_sha256": sample_sha256(folder / f"{split}.bin", 2 * len(ids))
                             for split, ids in (("train", train), ("val", val))}}
     (directory / "meta.json").write_text(json.dumps(
-        {"tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size, "eot_token": 0,
-         "dtype": "uint16", "domains": domains}))
+        {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size,
+         "eot_token": 0, "dtype": "uint16", "domains": domains}))
     return directory
 
 
@@ -118,7 +118,7 @@ def run_here(script, *flags, status=0, cwd="."):
     Return its stdout and stderr; its exit status must be `status`.
     """
     found, threads = 0, torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     torch.set_num_threads(1)
     try:
         with (mock.patch.object(sys, "argv", [str(script), *map(str, flags)]), contextlib.chdir(cwd),
@@ -141,8 +141,9 @@ def printed(script, *args):
 
 
 def contents(folder):
-    """{path: bytes, or None of a folder}, of everything below a folder."""
-    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
+    """{path: bytes, or None of a folder}, of everything below a folder but locks."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")
+            if path.name != ".lock"}
 
 
 def refused(folder, mentions, script, *flags, cwd=".", begun=False):
@@ -170,11 +171,12 @@ def edit(path, change):
 def finished_run(path, config, step, parameters=None, **state):
     """Write config.json and ckpt.pt of a run that has reached `step`.  config: without the shape of the model."""
     shape = {"vocab_size": 300, "n_layer": 1, "n_head": 1, "n_kv_head": 1, "n_embd": 8, "n_ffn": 8}
-    config = {**config, "model": shape | config["model"]}
+    config = {"format": FORMAT, **config, "model": shape | config["model"]}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    checkpoint = {"stage": config["stage"], "identity": identity(config), "step": step, "seconds": 1.0,
-                  "model": parameters or {}, "optimizer": {}, "sampler": {"step": step, "drawn": []}, **state}
+    checkpoint = {"format": FORMAT, "stage": config["stage"], "identity": identity(config), "step": step,
+                  "seconds": 1.0, "model": parameters or {}, "optimizer": {}, "sampler": {"step": step, "drawn": []},
+                  **state}
     torch.save(checkpoint, path / "ckpt.pt")
     return path
 

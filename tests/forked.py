@@ -1,7 +1,7 @@
 """Runs the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
 
 The ranks are real processes that meet over gloo, as under torchrun. A process differs from one started by hand only
-where `kill` (it dies at a chosen point) or `record` (it notes gradients, shards and waits) asks for it.
+where the options of `work` ask for it.
 """
 
 import io
@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pretend
 import torch
 from tqdm import tqdm
 
@@ -39,14 +40,14 @@ def context():
 class Job:
     """A script that is running as `ranks` processes on `nodes` nodes.  In flags, {rank} becomes the rank's number."""
 
-    def __init__(self, script, *flags, ranks=1, nodes=1, kill=None, record=None):
+    def __init__(self, script, *flags, ranks=1, nodes=1, **options):
         ctx, self.log = context(), tempfile.NamedTemporaryFile("w+", prefix="forked")  # noqa: SIM115
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.processes = [
             ctx.Process(target=work, args=(script, [str(flag).replace("{rank}", str(rank)) for flag in flags], rank,
-                                           ranks, ranks // nodes, port, self.log.name, kill, record))
+                                           ranks, ranks // nodes, port, self.log.name), kwargs=options)
             for rank in range(ranks)]
         for process in self.processes:
             process.start()
@@ -64,7 +65,7 @@ class Job:
 def run_forked(script, *flags, status=0, timeout=120, **options):
     """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).
 
-    options: ranks, nodes; kill: (point, n), see `arm`; record: a path, to which rank r saves PATH.r, see `note`.
+    options: ranks, nodes, and those of `work`.
     """
     job, end = Job(script, *flags, **options), time.monotonic() + timeout
     while (left := [p for p in job.processes if p.exitcode is None]) and time.monotonic() < end:
@@ -77,7 +78,12 @@ def run_forked(script, *flags, status=0, timeout=120, **options):
     assert found == status, f"status {found}, expected {status}: {job.output()}"
 
 
-def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
+def work(script, flags, rank, ranks, local_ranks, port, log, kill=None, record=None, cards=None, may_wait=True):
+    """Be one rank of a script.
+
+    kill: (point, n), of rank 0, see `arm`;  record: a path, to which rank r saves PATH.r, see `note`;  cards: settings
+    of pretend.Cards, without which there are none but real ones;  may_wait: else see `forbid_waits`.
+    """
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -86,10 +92,14 @@ def work(script, flags, rank, ranks, local_ranks, port, log, kill, record):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % local_ranks), WORLD_SIZE=str(ranks),
                       LOCAL_WORLD_SIZE=str(local_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a killed process leaves behind
+    if cards is not None:
+        pretend.install(**cards)
     if kill and rank == 0:
         arm(*kill)
     if record:
         note(f"{record}.{rank}")
+    if not may_wait:
+        forbid_waits()
     sys.argv = [script, *flags]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
@@ -140,18 +150,13 @@ def note(path):
     """Save to `path` what this rank did:
 
     gradients {name: tensor} per step, of the global batch, before they are clipped;  held: bytes of parameters on this
-    rank;  waits [(step, method)]: where Python read a number off a tensor, which is where a GPU would be waited for.
+    rank.
     """
     from common import ranks
     from common.run import Run
 
-    notes, steps, here = {"gradients": [], "held": 0, "waits": []}, [0], threading.main_thread()
-    micro_batches, clip, close = ranks.Machine.micro_batches, ranks.clip_gradients, Run.close
-
-    def noted_batches(*args):
-        found = micro_batches(*args)
-        steps[0] += 1
-        return found
+    notes = {"gradients": [], "held": 0}
+    clip, close = ranks.clip_gradients, Run.close
 
     def noted_gradients(model, *args):
         notes["gradients"].append({name: getattr(p.grad, "full_tensor", p.grad.clone)()
@@ -160,45 +165,34 @@ def note(path):
                             for t in [getattr(p, "to_local", p.detach)()])
         return clip(model, *args)
 
-    def noted_close(run, last):
+    def noted_close(*args):
         torch.save(notes, path)
-        close(run, last)
+        close(*args)
 
-    def noted_wait(method, original):
-        def replacement(self, *args):
-            if threading.current_thread() is here:
-                notes["waits"].append((steps[0], method))
-            return original(self, *args)
-        return replacement
-
-    ranks.Machine.micro_batches, ranks.clip_gradients, Run.close = (
-        noted_batches, noted_gradients, noted_close)
-    for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"):
-        setattr(torch.Tensor, method, noted_wait(method, getattr(torch.Tensor, method)))
+    ranks.clip_gradients, Run.close = noted_gradients, noted_close
 
 
 def forbid_waits():
-    """Make CUDA raise an error wherever a step waits for the card, from the second log line on: until then memory is
-    found and code is compiled. Between the end of a step's record and the next batch, the loops may wait."""
+    """Make CUDA raise an error wherever a step waits for the card, but where a line, an evaluation or a checkpoint is
+    due, and before the second line: until then memory is found and code is compiled."""
     from common import ranks
     from common.run import Run
 
-    micro_batches, record, log, lines = ranks.Machine.micro_batches, Run.record, Run.log, [0]
+    micro_batches, record, settled = ranks.Machine.micro_batches, Run.record, []
 
-    def guarded_batches(*args):
-        if lines[0] >= 2:
+    def guarded_batches(machine, batch):
+        if settled:
             torch.cuda.set_sync_debug_mode("error")
-        return micro_batches(*args)
+        return micro_batches(machine, batch)
 
-    def guarded_record(*args, **tensors):
-        record(*args, **tensors)
-        torch.cuda.set_sync_debug_mode("default")
+    def guarded_record(run, step, **tensors):
+        record(run, step, **tensors)
+        if step == 2 * run.args.log_interval:
+            settled.append(step)
+        if any(run.is_due(step, n) for n in (run.args.log_interval, run.args.eval_interval, run.args.save_interval)):
+            torch.cuda.set_sync_debug_mode("default")
 
-    def counted_log(*args, **values):
-        log(*args, **values)
-        lines[0] += 1
-
-    ranks.Machine.micro_batches, Run.record, Run.log = guarded_batches, guarded_record, counted_log
+    ranks.Machine.micro_batches, Run.record = guarded_batches, guarded_record
 
 
 def distance(a, b):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "checkpoints", "data", "shared", "wandb", "*.egg-info")
 EXACTNESS, RESUME, SHARDING = "tests/test_exactness.py", "tests/test_resume.py", "tests/test_sharding.py"
 SAMPLER, DATASET, BAD_INPUT = "tests/test_sampler.py", "tests/test_dataset.py", "tests/test_bad_input.py"
+PRETENDED = "tests/test_pretended.py"
 
 
 def group(file, tests, *mutations):
@@ -28,10 +29,9 @@ def group(file, tests, *mutations):
 
 
 UPDATE = "alpha = update_alpha(alpha, excess, args.step_size, args.smoothing)"
-EXCESS = "clipped_excess = (token_loss.detach() - reference_loss).clamp(min=0)"
+EXCESS = "clipped_excess = (proxy_loss.detach() - reference_loss).clamp(min=0)"
 LAMBDA = "excess = torch.where(count > 0, excess_sum / count.clamp(min=1), excess)"
-SUMS = "sums += domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess)"
-REDUCE = "loss_sum, excess_sum, count = machine.all_reduce(sums)"
+SUMS = "sums += domain_sums(domain, K, machine.sum_dtype, proxy_loss.detach(), clipped_excess)"
 RATE = "lr = set_learning_rate(optimizer, step, args)"
 BACKWARD = "(token_weight[domain] * token_loss.sum(dim=1)).sum().backward()"
 
@@ -49,20 +49,19 @@ MUTATIONS = [
     ("alpha_0 is in the history, alpha_T is not", UPDATE, "before = alpha; " + UPDATE,
      "alpha_history[step - 1] = alpha", "alpha_history[step - 1] = before"),
     ("lambda is a mean of the micro-batches' means", SUMS,
-     "part = domain_sums(domain, K, machine.sum_dtype, token_loss.detach(), clipped_excess); "
+     "part = domain_sums(domain, K, machine.sum_dtype, proxy_loss.detach(), clipped_excess); "
      "part[1] = part[1] / part[2].clamp(min=1) * part[2].max(); sums += part"),
     ("an absent domain's lambda is 0", LAMBDA, LAMBDA.replace(", excess)", ", 0.0)")),
     ("batches are drawn with alpha", UPDATE, UPDATE + "; sampler.weights = alpha.cpu().numpy()")),
     *group("train_doremi.py", RESUME,
-    ("alpha is not restored", "alpha = alpha_history[run.start - 1].clone()", "pass"),
-    ("excess is not restored", 'excess = tensor_of(run.checkpoint, "excess", (K,)).to(alpha)', "pass"),
-    ("the weight history is not restored", "alpha_history[: run.start] = tensor_of(",
-     "alpha_history[run.start - 1 : run.start] = tensor_of(", 'alpha_history", (run.start, K))',
-     'alpha_history", (run.start, K))[-1:]'),
+    ("alpha is not restored", "alpha.copy_(alpha_history[run.start - 1])", "pass"),
+    ("excess is not restored", 'excess.copy_(run.checkpoint["excess"])', "pass"),
+    ("the weight history is not restored", 'alpha_history[: run.start] = run.checkpoint["alpha_history"]',
+     'alpha_history[run.start - 1] = run.checkpoint["alpha_history"][-1]'),
     ("the sampler is not restored", 'sampler.load_state_dict(run.checkpoint["sampler"])', "pass"),
     ("the parameters are not restored", "ranks.load(model, optimizer, run.checkpoint, machine)",
      "ranks.load(Transformer(model_config, machine.dtype), optimizer, run.checkpoint, machine)"),
-    ("the schedule is off by one on resumption", RATE, RATE.replace("step,", "step - bool(run.checkpoint),")),
+    ("the schedule is off by one on resumption", RATE, RATE.replace("step,", "step - bool(run.start),")),
     ("a signal writes no checkpoint", "if run.is_due(step, args.save_interval) or stop:",
      "if run.is_due(step, args.save_interval):")),
     *group("train_reference.py", SHARDING,
@@ -97,17 +96,32 @@ MUTATIONS = [
     ("the gradient is not clipped", "grad_clip or math.inf", "math.inf"),
     ("gradients are summed in the compute dtype",
      "exact = torch.float64 if machine.dtype == torch.float64 else torch.float32", "exact = torch.float32")),
-    *group("common/run.py", f"{SHARDING} {RESUME}",
-    ("every step reads the gradient's norm", "self.pending.append((step, tensors))",
-     "self.pending.append((step, tensors)); self.check_finite()"),
-    ("ranks may differ", "identities = machine.gather_objects(self.identity)", "identities = [self.identity]")),
+    *group("common/run.py", PRETENDED,
+    ("card: every step reads the gradient's norm", "self.last = tensors",
+     "self.last = tensors; self.check_finite(step)")),
+    *group("common/ranks.py", PRETENDED,
+    ("card: a checkpoint's tensors stay there", "cpu_offload=True", "cpu_offload=False"),
+    ("card: the domain is not there", "batch.domain.to(self.device, non_blocking=asynchronous)", "batch.domain"),
+    ("card: a batch is waited for", "batch.tokens.to(self.device, non_blocking=asynchronous)",
+     "batch.tokens.to(self.device)")),
+    *group("train_reference.py", PRETENDED,
+    ("card: numpy reads its memory", "machine.all_reduce(sums).cpu()", "machine.all_reduce(sums)"),
+    ("card: NCCL gets a tensor of the CPU", "machine.all_reduce(sums).cpu()", "machine.all_reduce(sums.cpu())")),
+    *group("train_doremi.py", PRETENDED,
+    ("card: the sums are not there", "sums = torch.zeros(3, K, dtype=machine.sum_dtype, device=machine.device)",
+     "sums = torch.zeros(3, K, dtype=machine.sum_dtype)")),
+    *group("model.py", PRETENDED,
+    ("card: the rotary table is not there", "self.make_rotary().to(device)", "self.make_rotary()")),
+    *group("common/ranks.py", SHARDING,
+    ("ranks may differ", "self.gather_objects(values), remedy)", "[values], remedy)")),
     *group("common/run.py", RESUME,
-    ("metrics behind the checkpoint are kept", 'if line["step"] <= step]', "]"),
-    ("a stopped run exits 0", "sys.exit(128 + self.signal)", "pass")),
+    ("metrics behind the checkpoint are kept", 'if line["step"] <= step and "ended" not in line]',
+     'if "ended" not in line]'),
+    ("a stopped run exits 0", "sys.exit(128 + (self.signal or signal.SIGTERM))", "pass")),
     *group("common/run.py", BAD_INPUT,
-    ("only the last step has to be finite", "self.pending.append((step, tensors))",
-     "self.pending = [(step, tensors)]"),
-    ("a run is resumed under other flags", "        if before != now:", "        if False:")),
+    ("what is not finite is saved", "if not tensor.isfinite().all()]", "if False]"),
+    ("a run is resumed under other flags", '[checkpoint["identity"], self.identity],',
+     "[self.identity, self.identity],")),
 ]
 
 

@@ -7,7 +7,6 @@ import shutil
 import time
 from types import SimpleNamespace
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -15,10 +14,10 @@ from conftest import TINY, edit, read_metrics, refused, rehash, run_here, write_
 from forked import Job
 
 from common import ranks
-from common.files import write_atomically
+from common.files import hold, write_atomically
 
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]
-BEGUN = {"flags.txt", "config.json", "metrics.jsonl", ".lock"}
+BEGUN = {"flags.txt", "config.json", "metrics.jsonl"}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +57,10 @@ def edit_checkpoint(run, change):
         lambda path: path.write_bytes(path.read_bytes() + b"xx"),
         lambda path: path.write_bytes(path.read_bytes()[::-1]))),  # as long, and other text
     ("meta.json", lambda path: path.unlink()), ("meta.json", lambda path: path.write_text("{")),
-    *(("meta.json", lambda path, change=change: edit(path, change)) for change in (
-        lambda meta: meta.pop("dtype"), lambda meta: meta.update(dtype="uint12"), lambda meta: meta.update(domains={}),
-        lambda meta: meta.update(vocab_size=70_000), lambda meta: meta.update(vocab_size=float("nan")),
-        lambda meta: meta.update(domains=[]), lambda meta: meta["domains"]["rich"].pop("val_tokens")))])
+    ("meta.json", lambda path: edit(path, lambda meta: meta.update(format=2))),
+    ("meta.json", lambda path: edit(path, lambda meta: meta.pop("format"))),
+    ("rich/train.bin", lambda path: edit(path.parent.parent / "meta.json", lambda meta: meta["domains"]["rich"].update(
+        train_tokens=4000, train_file_bytes=4000)))])  # 8,000 bytes are needed
 def test_data_that_is_not_what_meta_json_promises(tmp_path, data, file, spoil):
     spoil(data / file)
     reference_refused(tmp_path, data, mentions=[f"{data}/{file}"])
@@ -89,7 +88,9 @@ EVEN = {"counting": 1, "simple": 1, "rich": 1, "small": 1}
     ("0.5,0.5,-0.1,0.1", ["'rich'", "-0.1"]), ("nan,1,1,1", ["'counting'", "nan"]), ("1,inf,1,1", ["'simple'", "inf"]),
     ("0,0,0,0", ["sum to 0"]), ("1e308,1e308,0,0", ["sum to inf"]),
     ("0.5,0.5", ["2 weights", "4 domains"]), ("1,1,1,some", ["some"]), ("unifrom", []),
-    ("temperature:warm", []), ("unimax:0", []), ("uniform+", []), ("uniform+1,1", ["2 weights"]), ("nowhere.json", []),
+    ("temperature:warm", []), ("temperature:nan", []), ("unimax:0", []), ("unimax:nan", []),
+    ("unimax:-1", []), ("uniform+unimax:nan", []), ("uniform+", []), ("uniform+1,1", ["2 weights"]),
+    ("nowhere.json", []),
     ({**EVEN, "arxiv": 1}, ["arxiv"]), ({"counting": 1, "simple": 1}, ["rich", "small"]),
     ({"domain_weights": {**EVEN, "rich": -1}}, ["rich", "-1"]), ({**EVEN, "rich": float("nan")}, ["rich", "NaN"]),
     ({**EVEN, "rich": 10**400}, ["rich"]),
@@ -111,7 +112,7 @@ def test_weights(tmp_path, world, spec, mentions):
         "--n_layer=0", "--device=abacus", "--dtype=float16", "--lr_schedule=linear", "--max_step=3", "@nowhere.txt",
         "stray")), ("--batch_size=12", 5), ("--batch_size=12", 24), ("--micro_batch_size=3", 3)])
 def test_flags(tmp_path, world, monkeypatch, flag, ranks):
-    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": ranks}.items():
         monkeypatch.setenv(name, str(value))
     reference_refused(tmp_path, world.data, flag, mentions=[flag.split("=")[0].lstrip("-@")])
 
@@ -127,7 +128,7 @@ def test_flags_of_the_proxy(tmp_path, world, flag):
     (lambda run, data: (run / "config.json").write_text('{"flags": 3}'), ["config.json"]),
     (lambda run, data: edit(run / "config.json", lambda config: config["model"].update(n_layer=2)), ["n_layer"]),
     (lambda run, data: edit(run / "config.json", lambda config: config.update(stage="large")), ["large"]),
-    (lambda run, data: (run / "ckpt.pt").unlink(), ["0 of 12"]),
+    (lambda run, data: (run / "ckpt.pt").unlink(), ["ckpt.pt"]),
     (lambda run, data: edit_checkpoint(run, lambda checkpoint: checkpoint.update(step=8)), ["8 of 12", "--resume"]),
     (lambda run, data: (run / "ckpt.pt").write_bytes((run / "ckpt.pt").read_bytes()[:3000]), ["ckpt.pt"]),
     (lambda run, data: edit(data / "meta.json", lambda meta: meta.update(tokenizer_sha256="other")), ["tokenizer"]),
@@ -178,11 +179,11 @@ def test_corrupt_checkpoint(tmp_path, world, spoil):
     reference_refused(tmp_path, world.data, "--resume", mentions=[f"{tmp_path}/out/ckpt.pt"])
 
 
-@pytest.mark.parametrize("rate, what, log_interval", [("1e30", "gradient", 1), ("1e300", "loss", 12)])
-def test_too_large_a_learning_rate(tmp_path, world, rate, what, log_interval):
-    """Found at the next line or checkpoint, and named by its own step; no checkpoint has it."""
+@pytest.mark.parametrize("rate, what, log_interval, step", [("1e30", "gradient", 1, 2), ("1e300", "loss", 12, 4)])
+def test_too_large_a_learning_rate(tmp_path, world, rate, what, log_interval, step):
+    """Found at the next line or checkpoint; no checkpoint has it."""
     flags = [f"--learning_rate={rate}", "--grad_clip=0", "--warmup_steps=0", f"--log_interval={log_interval}"]
-    left = reference_refused(tmp_path, world.data, *flags, mentions=["step 2", what, "not finite"], begun=True)
+    left = reference_refused(tmp_path, world.data, *flags, mentions=[f"step {step}", what, "not finite"], begun=True)
     assert left == BEGUN and len(read_metrics(tmp_path / "out")) == (1 if log_interval == 1 else 0)
 
 
@@ -216,7 +217,7 @@ def limited(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("file, size", [("flags.txt", 100), ("config.json", 1000), ("ckpt.pt", 8000)])
+@pytest.mark.parametrize("file, size", [("config.json", 1000), ("ckpt.pt", 8000)])
 def test_full_disk(tmp_path, world, file, size):
     """The line names the file; nothing half-written is left; with space again, the same command continues."""
     flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={tmp_path}/out", "--resume"]
@@ -247,8 +248,7 @@ def test_one_directory_one_run(tmp_path, world):
     said = run_here("train_doremi.py", *flags, "--seed=77", "--resume", status=2).stderr
     assert "another process is training there" in said and said.count("\n") == 1
     job.kill()
-    with filelock.FileLock(out / ".lock").acquire(blocking=False):
-        pass
+    hold(out / ".lock").close()
 
 
 @pytest.mark.parametrize("edit_it", [
@@ -258,29 +258,6 @@ def test_one_directory_one_run(tmp_path, world):
 def test_config_and_checkpoint_of_two_runs(tmp_path, world, edit_it):
     edit_it(shutil.copytree(world.reference, tmp_path / "reference"))
     proxy_refused(tmp_path, tmp_path / "reference", mentions=["config.json", "ckpt.pt"])
-
-
-def test_a_new_run_removes_what_an_older_one_left(tmp_path, world):
-    out = shutil.copytree(world.proxy, tmp_path / "out")
-    (out / "weights.json").write_text("{}")
-    (out / "evaluation").mkdir()
-    (out / "ckpt.pt").unlink()
-    run_here("train_doremi.py", *TRAINING, "--max_steps=8", f"--reference={world.reference}", f"--out_dir={out}")
-    assert {path.name for path in out.iterdir()} == BEGUN | {"ckpt.pt", "doremi_domain_weights_8.pt"}
-    (mine := tmp_path / "mine" / "evaluation").mkdir(parents=True)  # of a directory that is no run's
-    (mine / "notes.txt").write_text("precious")
-    run_here("train_doremi.py", *TRAINING, f"--reference={world.reference}", f"--out_dir={tmp_path}/mine")
-    assert (mine / "notes.txt").read_text() == "precious"
-
-
-@pytest.mark.parametrize("change", [
-    lambda meta: meta["domains"]["rich"].update(train_tokens=4000, train_file_bytes=4000),  # 8,000 bytes are needed
-    lambda meta: meta["domains"]["rich"].update(train_tokens=10**12, train_file_bytes=4000),
-    lambda meta: meta["domains"]["rich"].update(val_bytes=None), lambda meta: meta["domains"]["rich"].pop("val_bytes"),
-    lambda meta: meta["domains"].update(rich=7)])
-def test_claims_of_meta_json(tmp_path, data, change):
-    edit(data / "meta.json", change)
-    reference_refused(tmp_path, data, mentions=["rich"])
 
 
 def test_wandb_without_a_key(tmp_path, world, monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import finished_run, printed, refused
 
-from compare import tokens_to_reach
+from common import figures
+from compare import draw_logged, logged_loss, read_curves, read_groups, tokens_to_reach
 
 DOMAINS = ["books", "code", "web"]
 BASELINE = [[4.0, 3.0, 5.0], [3.5, 2.5, 4.5], [3.0, 2.0, 4.0], [2.0, 1.5, 3.1]]  # means 4, 3.5, 3, 2.2
@@ -28,7 +29,7 @@ def large_run(path, losses, weights=OTHER, domains=DOMAINS, seed=1, tokens_per_s
             "vocab_size": 300,
             "train_tokens": {name: 100 * len(name) for name in domains}, **(data or {})},  # 500, 400, 300
         "flags": {"max_steps": 400, "batch_size": tokens_per_step // 8, "eval_windows": 0, "seed": seed,
-                  "learning_rate": 1e-3, "out_dir": str(path), **(flags or {})}}
+                  "learning_rate": 1e-3, "sampling_weights": "1,2,3", "out_dir": str(path), **(flags or {})}}
     finished_run(path, {**config, **changes}, 400, {"weight": torch.full((3,), float(seed))})
     lines = [{"eval_windows": config["flags"]["eval_windows"], "step": step,
               "tokens": step * tokens_per_step, "seconds": 1.0, "val_loss": dict(zip(domains, row)),
@@ -109,9 +110,34 @@ def test_other_seeds_are_not_paired(tmp_path):
     assert compared(paths[0], *paths[2:])[1]["books"][-1] == "±0.5657"  # one seed has no deviation: 0.8 / sqrt(2)
 
 
+def test_groups_are_named_by_their_mixture(tmp_path):
+    """Where it tells them apart; an answer's file says less than the directory."""
+    named = [large_run(tmp_path / f"run{i}", BASELINE, [0.2, 0.3, 0.5 + i], flags={"sampling_weights": spec})
+             for i, spec in enumerate(("token_count", "temperature:0.7", "proxy/weights.json", "uniform"))]
+    assert [group.name for group in read_groups(named)] == ["natural", "temperature 0.7", "run2", "uniform"]
+    twin = large_run(tmp_path / "twin", BASELINE, flags={"sampling_weights": "uniform", "batch_size": 8})
+    assert [group.name for group in read_groups([named[3], twin])] == ["run3", "twin"]
+
+
+def test_many_runs_with_long_names_are_told_apart(tmp_path):
+    """The legend lies beside the curves, within the picture; matplotlib leaves out labels that begin with _."""
+    runs = [large_run(tmp_path / f"_{'x' * 40}${i:02}${'y' * 40}", shifted(BASELINE, i / 9), [i + 1, 2, 3])
+            for i in range(25)]
+    groups = read_groups(runs)
+    curves, _ = read_curves(groups)
+    with figures.style():
+        figure = draw_logged(groups, curves, logged_loss(groups, curves))
+        figure.draw_without_rendering()
+    legend, = figure.legends
+    assert len({text.get_text() for text in legend.get_texts()}) == 25
+    box = legend.get_window_extent()
+    assert all(axes.get_window_extent().x1 < box.x0 for axes in figure.axes)
+    assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+
+
 @pytest.mark.parametrize("name, changes", [
     ("domains", {"domains": ["books", "code", "news"]}), ("eval_windows", {"flags": {"eval_windows": 5}}),
-    ("tokenizer_sha256", {"data": {"tokenizer_sha256": "cd" * 32}}), ("unfinished", {"losses": FASTER[:3]}),
+    ("tokenizer_sha256", {"data": {"tokenizer_sha256": "cd" * 32}}), ("step 300 of 400", {"losses": FASTER[:3]}),
     ("train_tokens", {"data": {"train_tokens": {"books": 500, "code": 400, "web": 299}}}),
     ("block_size", {"model": {"block_size": 16}}),
     ("only one experiment", {"losses": BASELINE, "weights": UNIFORM, "seed": 2})])

@@ -1,4 +1,4 @@
-"""common/corpus.py: which files of a folder belong to which domain, and what in them is a document."""
+"""prepare.py: which files of a folder belong to which domain, and what in them is a document."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from conftest import TEXTS, prepare_in, read_set, refused, sides, write_rows, write_texts
 
 from common.cli import UserError
-from common.corpus import domain_entries, mixed_rows
+from prepare import domain_entries, mixed_rows
 
 
 def make(root, names):
@@ -27,8 +27,10 @@ def make(root, names):
 
 
 @pytest.mark.parametrize("names, expected", [
-    ("a.txt, b.jsonl, c/x.py, c/y.jsonl.gz, README.md, .hidden",
-     "a pieces a.txt, b rows b.jsonl, c document c/x.py, c rows c/y.jsonl.gz"),
+    ("a.txt, b.jsonl, c/x.py, d/y.jsonl.gz, README.md, .hidden, _SUCCESS",
+     "a pieces a.txt, b rows b.jsonl, c document c/x.py, d rows d/y.jsonl.gz"),
+    ("a/x.parquet, a/README.md, a/s/_committed_1, a/dataset_infos.json, a/s/_SUCCESS, a/_delta_log/0.json, b/_x, b/x_1",
+     "a rows a/x.parquet, b document b/_x, b document b/x_1"),  # what lies beside rows is no document
     ("b/x.json, b/y.NDJSON, b/z.JSONL, c.json.gz, d.Parquet",  # one rule of types at the top and below
      "b rows b/x.json, b rows b/y.NDJSON, b rows b/z.JSONL, c rows c.json.gz, d rows d.Parquet"),
     ("a/a.txt, a/s/a.txt, b.txt", "a document a/a.txt, a document a/s/a.txt, b pieces b.txt"),  # depth decides
@@ -52,7 +54,9 @@ def test_a_hard_link_is_the_same_file(tmp_path):
 @pytest.mark.parametrize("names, named", [
     ("a.docx", "a.docx"), ("a/x.zip", "a/x.zip"), ("a/x.txt.gz", "x.txt.gz"), ("a/x.arrow", "x.arrow"),  # types
     ("a/x|", "a/x"), ("x.txt|", "x.txt"), ("a/x -> nowhere", "a/x"), ("a -> nowhere", "a: "), ("a/x -> x", "a/x"),
-    ("a.txt, a/x", "'a'"), ("a.jsonl, a.jsonl.gz", "'a'"), ("a/.x", "a: holds no"), (".x", "holds no"),
+    ("a.txt, a/x", "'a'"), ("a.jsonl, a.jsonl.gz", "'a'"), ("a/x.jsonl, a/notes.py", "notes.py"),
+    ("web.txt, web /x", "'web'"), ("Web.txt, web/x", "'Web'"), ("e\u0301.txt, \xe9/x", "alike"),
+    ("a/.x", "a: holds no"), (".x", "holds no"),
     ("a/x, b -> a", "b: is also"), ("a/x, b/y -> ../a/x", "b/y: is also"),  # one file in two domains
     # held-out text is not trained on: files of rows, text beside its like, splits in place of domains
     ("a/0.jsonl, a/val.jsonl", "val.jsonl"), ("a/test/0.parquet", "test/0.parquet"),
@@ -67,9 +71,9 @@ def test_folders_that_are_refused(tmp_path, names, named):
 
 
 def test_mixed_rows(tmp_path):
-    make(tmp_path, "train/b.jsonl.zst, train/a.parquet, README.md, train/again -> .")
+    make(tmp_path, "train/b.jsonl.zst, train/a.parquet, README.md, train/again -> ., train/LICENSE, train/_SUCCESS")
     assert [each.path.name for each in mixed_rows(tmp_path)] == ["a.parquet", "b.jsonl.zst"]
-    for name in "val.jsonl.zst", "a.txt", "train/README.md":
+    for name in "val.jsonl.zst", "a.txt", "train/notes.md":
         make(tmp_path, name)
         with pytest.raises(UserError, match=name):
             mixed_rows(tmp_path)
@@ -100,18 +104,39 @@ def test_a_name_with_dots_is_a_key_before_it_is_a_path(tmp_path, key):
     assert domain == ("whole" if key == "meta.set" else "both") and sides(found) == sorted(TEXTS)
 
 
+GOOD = [{"text": f"{n}", "meta": json.dumps({"set": f"{n % 2}"})} for n in range(200)]  # as RedPajama's
+
+
+@pytest.mark.parametrize("bad", [{"text": None}, {}, {"text": [1]}, {"text": 1.5}, {"text": "\ud800"}, [], "x",
+                                 {"text": "x"}, {"text": "x", "meta": None}, {"text": "x", "meta": {"set": " \u200b"}}])
+def test_a_bad_row_is_skipped_and_counted(tmp_path, bad):
+    write_rows(tmp_path / "raw/a.jsonl", [bad, *GOOD, bad])
+    said = prepare_in(tmp_path, "raw --tokenizer=train:257 --domain_key=meta.set --val_fraction=0.3")
+    assert "skipped 2 rows of raw/a.jsonl, the first is raw/a.jsonl, line 1: " in said
+    found = read_set(tmp_path / "data/raw")[1]
+    assert [sides(found[f"{i}"]) for i in (0, 1)] == [sorted(f"{n}" for n in range(i, 200, 2)) for i in (0, 1)]
+
+
+def test_a_file_in_another_encoding_is_skipped_and_counted(tmp_path):
+    for n, text in enumerate(TEXTS):
+        (tmp_path / "raw/a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"raw/a/{n}.py").write_bytes(text.encode("utf-16" if n in (3, 60) else "utf-8"))
+    assert "skipped 2 files of domain 'a'" in prepare_in(tmp_path, "raw --tokenizer=bytes")
+    assert sides(read_set(tmp_path / "data/raw")[1]["a"]) == sorted(TEXTS[:3] + TEXTS[4:60] + TEXTS[61:])
+
+
 @pytest.mark.parametrize("name, data, mentions", [
     ("b.jsonl", b'[{"text": "a"}]', ["b.jsonl, line 1", "array"]),
     ("b.json", b'[\n{"text": "a"}\n]', ["b.json, line 1", "array"]),
     ("b/x.json", b'{\n"text": "a"}', ["b/x.json, line 1", "array"]),
     ("b/part-00000", b'{"text": "a"}\n{"text": "b"}\n', ["b/part-00000", "rows"]),
-    ("b/x.py", b"abc\xff", ["b/x.py", "0xff", "position 3"]),
-    ("b/x.txt", b"a " * 999_999 + b"\xc3(", ["b/x.txt", "position 1,999,998"]),
-    ("b.txt", b"a " * 8000 + b"\xc3(", ["b.txt, document 2"]),
+    ("b/x.py", b"abc\xff", ["b/x.py", "UTF-8"]), ("b/x.txt", b"a " * 999_999 + b"\xc3(", ["b/x.txt", "UTF-8"]),
+    ("b.txt", b"a " * 8000 + b"\xc3(", ["b.txt, document 2", "0xc3", "position"]),
     ("b.jsonl", b'{"text": "a"}\n\n{"text": \n', ["b.jsonl, line 3"]),
     ("b.jsonl", b'{"text": "\\ud800"}\n', ["b.jsonl, line 1"]),
     ("b.jsonl", b"[" * 200_000, ["b.jsonl, line 1"]),
     ("b.jsonl", b'{"text": null}\n', ["b.jsonl, line 1", "NoneType"]),
+    ("b.jsonl", b'{"text": "a"}\n' * 1000 + b'{"txt": "a"}\n' * 1000, ["b.jsonl, line 1001", "'text'"]),
     ("b.jsonl", b'{"txt": "a"}\n', ["b.jsonl, line 1", "'text'"]),
     ("b.jsonl.gz", b'{"text": "a"}\n', ["b.jsonl.gz"]), ("b.jsonl.xz", b"x", ["b.jsonl.xz"]),
     ("b.jsonl.zst", b"x", ["b.jsonl.zst"]), ("b.parquet", b"x", ["b.parquet"])])

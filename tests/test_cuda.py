@@ -1,9 +1,10 @@
 """On a GPU: the losses of a CPU, the oracle's alpha, checkpoints that need no card, resumption, and nothing that waits.
 
-Skipped without a card. `pytest tests/test_cuda.py --device=cpu` runs the same code on a CPU, but for the last test.
-Every script is a process of its own that sees the card, which conftest.py hides from all other tests.
+Skipped without a card; test_pretended.py runs the same tests without one. Every script is a process of its own that
+sees the card, which conftest.py hides from all other tests.
 """
 
+import functools
 import itertools
 import os
 import subprocess
@@ -21,35 +22,29 @@ from model import Transformer
 from sampler import evaluation_batches, load_dataset
 
 NUMBERS = itertools.count()
+MODEL = [f"--{name}={value}" for name, value in SHAPE.items()]
 
 
 @pytest.fixture(scope="module")
-def device(request):
-    name = request.config.getoption("--device")
-    look = "import torch; print(torch.cuda.is_available())"
-    if name == "cuda" and not (torch.version.cuda and python(look) == "True"):
+def launch(tmp_path_factory):
+    """A function that runs a script on the card, to an expected exit status, as forked.run_forked does on a CPU."""
+    if not torch.version.cuda or python("import torch; print(torch.cuda.is_available())") != "True":
         pytest.skip("no GPU here")
-    return name
-
-
-@pytest.fixture(scope="module")
-def launch(device, tmp_path_factory):
-    """A function that runs a script on the device, to an expected exit status, as forked.run_forked does on a CPU."""
     logs = tmp_path_factory.mktemp("logs")
 
-    def run(script, *flags, status=0, kill=None, record=None, before="pass", ranks=1, nodes=1):
+    def run(script, *flags, status=0, ranks=1, nodes=1, **options):
         log = logs / f"{next(NUMBERS)}.txt"
         log.touch()
-        flags = [*map(str, flags), f"--device={device}"]
-        python(f"import forked; {before}; forked.work({script!r}, {flags!r}, 0, 1, 1, 1, {str(log)!r}, {kill!r}, "
-               f"{str(record) if record else None!r})", status, log)
+        flags = [*map(str, flags), "--device=cuda"]
+        arguments = f"{script!r}, {flags!r}, 0, 1, 1, 1, {str(log)!r}, **{options!r}"
+        python(f"import forked; forked.work({arguments})", status, log)
 
     return run
 
 
 def python(code, status=0, log=None):
     """Run code in a process that sees the card; return what it prints."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), WITH_CARD.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", code], env={**WITH_CARD, "PYTHONPATH": path}, cwd=ROOT, text=True,
                           capture_output=True, timeout=300)
     assert done.returncode == status, (log.read_text() if log else "") + done.stderr
@@ -58,25 +53,21 @@ def python(code, status=0, log=None):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, launch):
-    """A function from dtype to a directory with data and a reference that was trained on the device."""
-    made = {}
-
+    """A function from dtype to a directory with data and a reference that was trained on the card."""
+    @functools.cache
     def make(dtype):
-        if dtype not in made:
-            directory = made[dtype] = tmp_path_factory.mktemp(dtype)
-            domains = [(f"domain{i}", 1500, n) for i, n in enumerate([1, 2, 8, 3])]
-            data = markov_dataset(directory / "data", domains, 100, 5)
-            launch("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
-                   *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
-                   "--sampling_weights=uniform")
-        return made[dtype]
+        directory = tmp_path_factory.mktemp(dtype)
+        domains = [(f"domain{i}", 1500, n) for i, n in enumerate([1, 2, 8, 3])]
+        data = markov_dataset(directory / "data", domains, 100, 5)
+        launch("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
+               *FLAGS, *MODEL, "--max_steps=20", "--seed=3", "--sampling_weights=uniform")
+        return directory
 
     return make
 
 
-@pytest.mark.parametrize("dtype, bound", [("float64", 1e-12), ("float32", 2e-6)])
-@pytest.mark.parametrize("micro_batch_size", [24, 6])
-def test_run_is_the_oracles(world, launch, dtype, bound, micro_batch_size):
+@pytest.mark.parametrize("dtype, micro_batch_size, bound", [("float32", 24, 2e-6), ("float64", 12, 1e-12)])
+def test_run_is_the_oracles(world, launch, dtype, micro_batch_size, bound):
     """Twenty steps of a proxy against the oracle, which runs in float64 on the CPU: the bounds of two CPU ranks."""
     directory = world(dtype)
     found = run_proxy(directory, "skewed", 1, micro_batch_size, launch=launch)
@@ -88,7 +79,7 @@ def test_run_is_the_oracles(world, launch, dtype, bound, micro_batch_size):
 
 
 def test_checkpoint_needs_no_card(world):
-    """Its tensors, moments included, are on the CPU. Losses that the device logged in float32 are those that its
+    """Its tensors, moments included, are on the CPU. Losses that the card logged in float32 are those that its
     parameters have on the CPU in float64."""
     directory = world("float32")
     config, checkpoint = load_finished(directory / "reference", ("reference",))
@@ -119,15 +110,11 @@ def test_killed_and_resumed(world, launch, tmp_path, kill):
     assert distance(whole, killed) < 1e-12
 
 
-@pytest.mark.parametrize("compiled", ["--no-compile", "--compile"])
-@pytest.mark.parametrize("micro_batch_size", [24, 6])
-def test_nothing_waits_between_log_lines(world, launch, device, tmp_path, compiled, micro_batch_size):
+@pytest.mark.parametrize("compiled, micro_batch_size", [("--compile", 24), ("--no-compile", 12)])
+def test_nothing_waits_between_log_lines(world, launch, tmp_path, compiled, micro_batch_size):
     """Of either script: CUDA itself raises where it would."""
-    if device == "cpu":
-        pytest.skip("a CPU is never waited for")
-    flags = [*FLAGS, compiled, f"--micro_batch_size={micro_batch_size}", "--log_interval=4", "--max_steps=24",
-             "--eval_interval=8", "--save_interval=8", "--dtype=bfloat16"]
-    launch("train_reference.py", *flags, *(f"--{name}={value}" for name, value in SHAPE.items()),
-           f"--data_dir={world('float32')}/data", f"--out_dir={tmp_path}/run", before="forked.forbid_waits()")
+    flags = [*FLAGS, compiled, f"--micro_batch_size={micro_batch_size}", "--log_interval=3", "--max_steps=12",
+             "--eval_interval=6", "--save_interval=6", "--dtype=bfloat16", f"--data_dir={world('float32')}/data"]
+    launch("train_reference.py", *flags, *MODEL, f"--out_dir={tmp_path}/run", may_wait=False)
     launch("train_doremi.py", *flags, f"--reference={world('float32')}/reference", f"--out_dir={tmp_path}/proxy",
-           before="forked.forbid_waits()")
+           may_wait=False)

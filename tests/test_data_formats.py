@@ -1,7 +1,9 @@
 """Data and tokenizers as other tools make them: Parquet, zstd, the hub, tokenizer.json, and files of token ids."""
 
 import functools
+import itertools
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -25,7 +27,7 @@ from conftest import (
 
 import sampler
 from common.cli import UserError
-from common.tokenizer import load_tokenizer
+from common.tokenizer import data_tokenizer, load_tokenizer
 
 UNICODE = ["", "\n\n \t\r\n", "naïve café", "漢字かな交じり文", "e\u0301 vs é", "עברית", "x" * 5000, "don't I'LL",
            "\x00\x7f", "\U0001f469\u200d\U0001f467 \U0001f3f3\ufe0f", "\U0001d518 ½", "\u200b\ufeff\u2028", "1234"]
@@ -78,6 +80,61 @@ def test_end_of_text_token_of_a_tokenizer_json(tmp_path, special, ordinary, expe
     else:
         assert load_tokenizer(path).eot == expected
     assert load_tokenizer(path, special[0]).eot == 0
+
+
+def test_a_tokenizer_json_with_dropout_gives_one_answer(tmp_path, hf_tokenizer):
+    content = json.loads(hf_tokenizer.read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    expected = load_tokenizer(str(hf_tokenizer)).encode(TEXTS[0].encode()).tolist()
+    dropping = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert all(dropping.encode(TEXTS[0].encode()).tolist() == expected for _ in range(9))
+
+
+@pytest.mark.parametrize("unknown", [None, "<|endoftext|>", "[UNK]", "?"])
+def test_characters_that_a_tokenizer_json_lacks(tmp_path, unknown):
+    """It has those of ASCII alone: text in others is refused, however it stands for them, and a few are let pass."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown, fuse_unk=True))
+    names = ["<|endoftext|>", *([unknown] if unknown and unknown.startswith("[") else [])]
+    bpe.train_from_iterator([chr(i) for i in range(10, 127)], tokenizers.trainers.BpeTrainer(special_tokens=names))
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    for name, word in ("few", "plain " * 40), ("many", ""):
+        write_texts(tmp_path / name / "good.jsonl", [f"plain {n}" for n in range(200)])
+        write_texts(tmp_path / name / "web.jsonl", [f"{word}{n} 漢字" for n in range(200)])
+    assert "'web': tokenizer.json loses 0.8" in prepare_in(tmp_path, "few --tokenizer=tokenizer.json")
+    refused(tmp_path / "many", ["'web'", "tokenizer.json loses"], "prepare.py", "many", "--tokenizer=tokenizer.json",
+            cwd=tmp_path)
+
+
+def test_a_home_directory_and_remote_addresses(tmp_path, monkeypatch, hf_tokenizer):
+    """The shell leaves ~ alone behind =."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_texts(tmp_path / "raw/a.jsonl")
+    shutil.copy(hf_tokenizer, tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    prepare_in(tmp_path / "elsewhere", "~/raw --out_dir=~/data/set --tokenizer=~/tokenizer.json")
+    bare(tmp_path, "tokens/a.bin")
+    prepare_in(tmp_path / "elsewhere", "~/tokens --out_dir=~/data/linked --tokenizer=bytes", script="tools/link.py")
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {"set", "linked"}
+    for script, flag in itertools.product(("prepare.py", "tools/link.py"), (
+            ["s3://a/raw"], ["raw", "--out_dir=gs://a/b"], ["raw", "--tokenizer=https://a/tokenizer.json"])):
+        said = run_here(script, "--tokenizer=bytes", *flag, status=2, cwd=tmp_path / "elsewhere").stderr
+        assert flag[-1].split("=")[-1] in said and "remote" in said
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("spec, name", [("train:300", "tokenizer.tiktoken"), ("hf", "tokenizer.json")])
+def test_a_tokenizer_that_is_gone_or_damaged(tmp_path, hf_tokenizer, spec, name):
+    write_texts(tmp_path / "raw/a.jsonl")
+    prepare_in(tmp_path, f"raw --tokenizer={hf_tokenizer if spec == 'hf' else spec}")
+    data, path = sampler.load_dataset(tmp_path / "data/raw", 16), tmp_path / "data/raw" / name
+    assert data_tokenizer(data).sha256 == data.meta["tokenizer_sha256"]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"damaged|made with"):
+        data_tokenizer(data)
+    path.unlink()
+    with pytest.raises(UserError, match="is gone"):
+        data_tokenizer(data)
 
 
 def as_parquet(path, rows):
@@ -135,10 +192,12 @@ def bare(folder, file, ids=STREAM["a"], dtype="<u2", head=b""):
     (folder / file).write_bytes(head + ids.astype(dtype).tobytes())
 
 
-def rows(folder, file, parts, dtype="int32"):
+def rows(folder, file, parts, dtype="int32", masks=None):
     (folder / file).parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"input_ids": pa.array([list(part) for part in parts], pa.list_(getattr(pa, dtype)()))}),
-                   folder / file)
+    columns = {"input_ids": pa.array([list(part) for part in parts], pa.list_(getattr(pa, dtype)()))}
+    if masks:
+        columns["attention_mask"] = pa.array([mask.astype(int).tolist() for mask in masks])
+    pq.write_table(pa.table(columns), folder / file)
 
 
 def nanogpt_pair(folder, name):
@@ -146,12 +205,6 @@ def nanogpt_pair(folder, name):
     bare(folder, f"{name}/{name}_train_000001.bin", STREAM[name][: VAL[name]])
     bare(folder, f"{name}/{name}_val_000000.bin", STREAM[name][VAL[name] :])
     bare(folder, f"{name}/test.bin", STREAM[name])
-
-
-def llm_c(folder, name, magic=20240520, version=1, count=None):
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, count or len(STREAM[name])
-    bare(folder, f"{name}.bin", STREAM[name], head=header.tobytes())
 
 
 def packed_rows(folder, name):
@@ -166,8 +219,8 @@ FORMATS = {
     **{f"bare {dtype}": lambda folder, name, dtype=dtype: bare(folder, f"{name}.bin", STREAM[name], dtype)
        for dtype in ("<u2", "<i4", "<i8")},
     "two types": lambda folder, name: bare(folder, f"{name}.bin", STREAM[name], "<u4" if name == "a" else "<u2"),
-    "train and val": nanogpt_pair, "llm.c": llm_c, "packed rows": packed_rows}  # fmt: skip
-COPIED = ("megatron int64", "bare <i8", "llm.c", "packed rows")
+    "train and val": nanogpt_pair, "packed rows": packed_rows}  # fmt: skip
+COPIED = ("megatron int64", "bare <i8", "packed rows")
 
 
 def link(tmp_path, write, *names):
@@ -183,30 +236,36 @@ LONE = [*DOCUMENTS[:7], np.insert(DOCUMENTS[7], 9, EOT), *DOCUMENTS[8:]]  # one 
 ENDED = [np.append(ids, EOT) for ids in DOCUMENTS]
 
 
-@pytest.mark.parametrize("write, flags, documents", [
-    (lambda folder: rows(folder, "a.parquet", DOCUMENTS), "", 2100),
-    (lambda folder: rows(folder, "a.parquet", [np.append(EOT, ids) for ids in DOCUMENTS]), "", 2100),
-    (lambda folder: rows(folder, "a.parquet", ENDED), "", 2100),
-    (lambda folder: rows(folder, "a.parquet", LONE), "", None),  # documents, or packed?
-    (lambda folder: rows(folder, "a.parquet", LONE), "--insert_eot", 2101),
-    (lambda folder: rows(folder, "a.parquet", ENDED[:999] + DOCUMENTS[999:]), "--insert_eot", 2100),
-    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "", None),  # pieces of what?
-    (lambda folder: megatron(folder, "a", documents=DOCUMENTS), "", 2100),
-    (lambda folder: megatron(folder, "a", documents=ENDED[:9] + DOCUMENTS[9:]), "", None)])
-def test_documents_that_only_an_index_or_rows_tell(tmp_path, write, flags, documents):
-    """One decision for the domain: insert nothing, or end of text where documents have none, or ask for a flag."""
+PADDED = [np.append(ids, np.full(80 - len(ids), EOT)) for ids in DOCUMENTS]
+MASKS = [np.arange(80) <= len(ids) for ids in DOCUMENTS]  # of the document and the first of these
+
+
+@pytest.mark.parametrize("write, named", [
+    (lambda folder: rows(folder, "a.parquet", ENDED), None),
+    (lambda folder: rows(folder, "a.parquet", [np.append(EOT, ids) for ids in DOCUMENTS]), None),
+    (lambda folder: rows(folder, "a.parquet", PADDED, masks=MASKS), None),
+    (lambda folder: rows(folder, "a.parquet", [ids[::-1] for ids in PADDED], masks=[m[::-1] for m in MASKS]), None),
+    (lambda folder: megatron(folder, "a", documents=ENDED), None),
+    (lambda folder: rows(folder, "a.parquet", PADDED), "attention_mask"),
+    (lambda folder: bare(folder, "a.bin", np.concatenate(PADDED)), "attention_mask"),
+    (lambda folder: rows(folder, "a.parquet", DOCUMENTS), "--append-eod"),
+    (lambda folder: rows(folder, "a.parquet", LONE), "--append-eod"),
+    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "none is end of text"),  # pieces of what?
+    (lambda folder: megatron(folder, "a", documents=DOCUMENTS), "--append-eod"),
+    (lambda folder: megatron(folder, "a", documents=DOCUMENTS[9:] + ENDED[:9]), "--append-eod")])
+def test_documents_must_be_marked(tmp_path, write, named):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw")
-    if documents is None:
-        refused(tmp_path, ["--insert_eot"], "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
+    if named:
+        refused(tmp_path / "raw", [named], "tools/link.py", "raw", "--tokenizer=bytes", cwd=tmp_path)
         return
-    prepare_in(tmp_path, f"raw --tokenizer=bytes {flags}", script="tools/link.py")
+    prepare_in(tmp_path, "raw --tokenizer=bytes", script="tools/link.py")
     entry = json.loads((tmp_path / "data/raw/meta.json").read_text())["domains"]["a"]
     train, val = (np.fromfile(tmp_path / f"data/raw/a/{side}.bin", "<u2")[: entry[f"{side}_tokens"]]
                   for side in ("train", "val"))
     ids = np.concatenate([train, val])
-    assert entry["train_documents"] + entry["val_documents"] == documents and (ids == EOT).sum() == documents
-    assert np.array_equal(ids[ids != EOT], np.concatenate(DOCUMENTS)) and val[0] == EOT
+    assert entry["train_documents"] + entry["val_documents"] == (ids == EOT).sum() == 2100 and val[0] == EOT
+    assert sorted(ids[ids != EOT].tolist()) == sorted(np.concatenate(DOCUMENTS))
 
 
 def losses_on(data, out):
@@ -246,8 +305,10 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
     link(tmp_path, megatron, "a")
     with open(tmp_path / "raw/a_text_document.bin", "ab") as file:
         file.write(b"xx")
-    refused(tmp_path, ["a/train.bin"], "train_reference.py", *TINY, f"--data_dir={tmp_path}/data/raw",
-            f"--out_dir={tmp_path}/run")
+    flags = [*TINY, f"--data_dir={tmp_path}/data/raw", f"--out_dir={tmp_path}/run"]
+    refused(tmp_path, ["a/train.bin"], "train_reference.py", *flags)
+    (tmp_path / "raw").rename(tmp_path / "moved")
+    refused(tmp_path, [f"{tmp_path}/raw/a_text_document.bin, which is gone"], "train_reference.py", *flags)
 
 
 @pytest.mark.parametrize("write, named", [
@@ -260,9 +321,7 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
      ["a_text_document.idx", "missing"]),
     (lambda folder: datatrove(folder, "a", metadata="gpt2|4\n99\n"), ["a.ds"]),
     (lambda folder: datatrove(folder, "a", metadata="gpt2|2\n99\n"), ["a.ds"]),
-    (lambda folder: llm_c(folder, "a", version=2), ["a.bin", "header"]),
-    (lambda folder: llm_c(folder, "a", magic=20260101), ["a.bin", "header"]),
-    (lambda folder: llm_c(folder, "a", count=9), ["a.bin", "9 tokens"]),
+    (lambda folder: bare(folder, "a.bin", head=np.eye(1, 256, dtype="<i4").tobytes()), ["a.bin", "header"]),  # llm.c
     (lambda folder: bare(folder, "a.bin", head=b"\x93NUMPY\x01\0"), ["a.bin", "header"]),
     (lambda folder: bare(folder, "a.bin", head=b"LITPKDS" + bytes(17)), ["a.bin", "header"]),
     (lambda folder: bare(folder, "a.bin", dtype=">u2"), ["a.bin", "65024"]),
@@ -273,7 +332,7 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
     (lambda folder: bare(folder, "a.bin", np.arange(0)), ["a.bin"]),
     (lambda folder: bare(folder, "a/test.bin"), ["raw/a"]),
     (lambda folder: (bare(folder, "train.bin"), bare(folder, "val.bin")), ["val.bin"]),
-    (lambda folder: (bare(folder, "a/x.bin"), bare(folder, "a/x.npy")), ["x.npy"]),
+    (lambda folder: (bare(folder, "a/x.bin"), bare(folder, "a/x.npy")), ["x.npy", "rename them to .bin"]),
     (lambda folder: rows(folder, "a.parquet", [*ENDED[:99], [-1, EOT]]), ["a.parquet", "-1"]),
     (lambda folder: rows(folder, "a.parquet", [*ENDED[:99], [2**32 + 5, EOT]], "int64"), ["a.parquet", "4294967301"]),
     (lambda folder: rows(folder, "a.parquet", ENDED[:9], "float32"), ["a.parquet", "float"]),

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw, edit, rehash, write_dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from sampler import domain_sums, evaluation_batches, held_out_loss, load_dataset, sampling_weights
+from common.cli import UserError
+from sampler import domain_sums, evaluation_batches, load_dataset, sampling_weights
+from train_reference import held_out_loss
 
 
 @pytest.mark.parametrize("dtype, start", [("uint16", 60_000), ("uint32", 3_000_000_000)])
@@ -59,6 +59,9 @@ def test_more_domains_than_files_may_be_open(tmp_path):
     # more than all data four times: proportional to the data
     ("unimax:4", 10**9, [6000, 3000, 2000, 300]),
     ("2,0,1,1", 0, [0.5, 0, 0.25, 0.25]),
+    ("1e+1,0,5e+0,5", 0, [0.5, 0, 0.25, 0.25]),  # this plus joins nothing
+    ("1e+1,0,0,0+0,.1,0,0+uniform", 0, [1 + 1 / 4, 1 + 1 / 4, 1 / 4, 1 / 4]),
+    ("+".join(["uniform"] * 50), 0, [1, 1, 1, 1]),  # longer than a file's name may be
     ("uniform+0.1,0.2,0.3,0.4", 0, [0.175, 0.225, 0.275, 0.325])])  # the mean of the two
 def test_sampling_weights(data_dir, spec, planned, expected):
     weights = sampling_weights(spec, load_dataset(data_dir, 16), planned)
@@ -78,6 +81,29 @@ def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap, warned)
         weights = sampling_weights(str(path), load_dataset(data_dir, 16), 0)
     assert weights.tolist() == [0.0, 5 / 8, 2 / 8, 1 / 8]
     assert ["another tokenizer" in str(warning.message) for warning in caught] == [True] * warned
+
+
+@pytest.mark.parametrize("spec", ["c++/w.json", "c++/w.json+1e+0,1,1,1", "~/a+b.json+uniform", "a+b.json+uniform",
+                                  "uniform+~/a+b.json+c++/w.json+1,1,1,1"])
+def test_paths_with_a_plus(data_dir, tmp_path, monkeypatch, spec):
+    """Each file is (1, 0, 0, 0), and each other mixture uniform."""
+    (tmp_path / "c++").mkdir()
+    for name in "c++/w.json", "a+b.json":
+        (tmp_path / name).write_text(json.dumps({"counting": 1, "simple": 0, "rich": 0, "small": 0}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    share = spec.count(".json") / (spec.count(".json") + spec.count("uniform") + spec.count("1,1,1"))
+    weights = sampling_weights(spec, load_dataset(data_dir, 16), 0)
+    assert weights.tolist() == [share + (1 - share) / 4] + [(1 - share) / 4] * 3
+
+
+def test_look_alike_names_are_told_apart(tmp_path):
+    data = load_dataset(write_dataset(tmp_path / "data", {"\xe9": ([1] * 40, [1] * 40)}), 16)
+    for name, told in ("e\u0301", r"e\u0301"), ("\xe9 ", r"\xe9 "), ("\u0435", r"\u0435"):
+        (tmp_path / "w.json").write_text(json.dumps({name: 1}))
+        with pytest.raises(UserError) as error:
+            sampling_weights(f"{tmp_path}/w.json", data, 0)
+        assert told in str(error.value) and r"'\xe9'" in str(error.value)
 
 
 @pytest.mark.parametrize("n_windows", [0, 1, 2, 4, 12])
@@ -135,15 +161,6 @@ def test_domain_sums():
     total, excess, count = domain_sums(torch.tensor([2, 0, 2, 3]), 3, torch.float64, losses, losses / 2)
     assert total.tolist() == [12.0, 0.0, 51.0] and count.tolist() == [2.0, 0.0, 4.0]
     assert torch.equal(excess, total / 2) and total.dtype == torch.float64
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 11))
-def test_domain_sums_add_over_micro_batches(domain, cut):
-    losses, domain = torch.arange(len(domain) * 3.0).view(-1, 3), torch.tensor(domain)
-    whole, first, rest = (domain_sums(domain[part], 4, torch.float64, losses[part])
-                          for part in (slice(None), slice(cut), slice(cut, None)))
-    assert torch.equal(first + rest, whole)
 
 
 def test_bytes_per_token_and_record(numbered):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, draw, markov_dataset, read_alpha, read_metrics
 from forked import distance, run_forked
-from oracle import doremi
+from oracle import EXTRA_FLAGS, doremi
 
 from model import ModelConfig, Transformer
 from sampler import load_dataset, sampling_weights
@@ -64,7 +64,8 @@ def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **opt
     out = directory / f"proxy{next(NUMBERS)}"
     launch("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={out}", *FLAGS, "--seed=7",
            f"--max_steps={STEPS}", "--smoothing=0.01", f"--sampling_weights={SAMPLING[case]}",
-           f"--micro_batch_size={micro_batch_size}", "--grad_clip=2", ranks=ranks, **options)
+           f"--micro_batch_size={micro_batch_size}", "--grad_clip=2",
+           *(f"--{name}={value}" for name, value in EXTRA_FLAGS.items()), ranks=ranks, **options)
     metrics = [line for line in read_metrics(out) if "loss" in line]
     alpha = read_alpha(out)
     assert len(alpha) == STEPS
@@ -77,7 +78,7 @@ def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **opt
 
 def run_oracle(directory, case, dtype):
     flags = json.loads((directory / "reference/config.json").read_text())["flags"]
-    flags |= {"seed": 7, "max_steps": STEPS, "step_size": 1.0, "smoothing": 0.01, "grad_clip": 2.0}
+    flags |= {"seed": 7, "max_steps": STEPS, "step_size": 1.0, "smoothing": 0.01, "grad_clip": 2.0} | EXTRA_FLAGS
     torch.manual_seed(7)
     with torch.device("meta"):
         model = Transformer(ModelConfig(vocab_size=VOCAB, **SHAPE), getattr(torch, dtype))

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from argparse import Namespace
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -128,30 +130,28 @@ def test_max_bytes_keeps_proportions(tmp_path):
 
 
 def test_max_bytes_estimates_large_files(tmp_path, monkeypatch):
-    """The text of a large file is estimated from its beginning: here from a tenth, to 4%."""
-    monkeypatch.setattr("common.corpus.MEASURED", 200_000)
+    """The text of a large file is estimated from its beginning: here from a tenth, to a tenth."""
+    monkeypatch.setattr("prepare.MEASURED", 200_000)
     texts = [prose(200, number) for number in range(2000)]
     write_texts(tmp_path / "a.jsonl", texts)
     write_texts(tmp_path / "a.jsonl.gz", texts)
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     for path in tmp_path.iterdir():
         found = prepare.text_size(prepare.Input(path, "a", "rows"), "text")
-        assert found == pytest.approx(sum(map(len, texts)), rel=0.04) and found != sum(map(len, texts))
+        assert found == pytest.approx(sum(map(len, texts)), rel=0.1) and found != sum(map(len, texts))
 
 
 def test_max_val_tokens(tmp_path):
-    """val.bin keeps the documents of least hash that fit; the others are in neither file; train.bin is the same."""
+    """The fraction held out is halved until it fits; the others are in neither file; train.bin is the same."""
     write_texts(tmp_path / "raw/a.jsonl", [*TEXTS, *TEXTS[:30]])
     prepare_in(tmp_path, "raw --tokenizer=bytes --val_fraction=0.5 --out_dir=all")
-    prepare_in(tmp_path, "raw --tokenizer=bytes --val_fraction=0.5 --max_val_tokens=2000 --out_dir=some")
+    said = prepare_in(tmp_path, "raw --tokenizer=bytes --val_fraction=0.5 --max_val_tokens=2000 --out_dir=some")
     (_, every), (meta, some) = (read_set(tmp_path / name) for name in ("all", "some"))
-    expected, tokens = [], 0
-    for text in sorted(every["a"]["val"], key=lambda text: prepare.text_hash(text.encode())):
-        tokens += len(text.encode()) + 1
-        if tokens <= 2000:
-            expected.append(text)
-    assert sorted(some["a"]["val"]) == sorted(expected) and 1900 < meta["domains"]["a"]["val_tokens"] <= 2000
-    assert some["a"]["val"] == [text for text in every["a"]["val"] if text in expected]
+    expected = [text for text in every["a"]["val"] if prepare.text_hash(text.encode()) < 0.125]
+    assert some["a"]["val"] == expected and "0.125" in said
+    tokens = [sum(len(text.encode()) + 1 for text in every["a"]["val"] if prepare.text_hash(text.encode()) < limit)
+              for limit in (0.125, 0.25)]
+    assert tokens[0] == meta["domains"]["a"]["val_tokens"] <= 2000 < tokens[1]
     assert some["a"]["train"] == every["a"]["train"]
 
 
@@ -162,14 +162,15 @@ def test_memory_of_one_large_document(tmp_path):
     (tmp_path / "raw/a").mkdir(parents=True)
     (tmp_path / "raw/a/x").write_bytes(text)
     tracemalloc.start()
-    documents = prepare.read_documents(prepare.find_inputs(str(tmp_path / "raw"), None), "text", None)
+    inputs = prepare.find_inputs(str(tmp_path / "raw"), None)
     (tmp_path / "out").mkdir()
-    with pytest.raises(prepare.UserError, match="falls in"):  # one document has one side only
-        prepare.write_bins(documents, tmp_path / "out", tokenizer, np.dtype("<u2"), 0.5, 10**9, workers=1)
+    documents = prepare.read_documents(inputs, [np.inf], "text", None, Counter())
+    args = Namespace(val_fraction=1e-9, max_val_tokens=10**9, workers=1)
+    with pytest.raises(prepare.UserError, match="falls in val"):  # one document has one side only
+        prepare.write_bins(documents, tmp_path / "out", tokenizer, np.dtype("<u2"), args)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    (written,) = (tmp_path / "out/a").iterdir()
-    assert written.stat().st_size == 2 * n + 2 and 3 * n < peak < 3.5 * n
+    assert (tmp_path / "out/a/train.bin").stat().st_size == 2 * n + 2 and 3 * n < peak < 3.5 * n
 
 
 def test_runs_agree_to_the_byte_whatever_the_workers(tmp_path):
@@ -192,14 +193,15 @@ def test_interrupted_run_leaves_no_data_set(tmp_path, number):
     flags = "raw --tokenizer=slow.tiktoken --workers=1 --out_dir=x/set".split()
     process = subprocess.Popen([sys.executable, ROOT / "prepare.py", *flags], stdout=subprocess.DEVNULL, cwd=tmp_path)
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob("x/.set.tmp/a/train.bin")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("x/.set.*.tmp/a/train.bin")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(number)
     killed = number == signal.SIGKILL
     assert process.wait(timeout=30) == (-9 if killed else 128 + number)
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ([".set.tmp"] if killed else [])
-    prepare_in(tmp_path, "raw --tokenizer=bytes --out_dir=x/set")  # clears what was left
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["set"]
+    left = [path.name for path in (tmp_path / "x").iterdir()]
+    assert len(left) == killed
+    said = prepare_in(tmp_path, "raw --tokenizer=bytes --out_dir=x/set")
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {*left, "set"} and all(name in said for name in left)
     assert sorted(path.name for path in (tmp_path / "x/set").iterdir()) == ["a", "meta.json"]
 
 
@@ -216,15 +218,16 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (None, "nowhere", ["nowhere"]),
     (None, "raw/good.jsonl", ["raw/good.jsonl", "--domain_key"]),
     (("b.txt", b""), RAW, ["raw/b.txt", "gives no document"]),
-    (("z.jsonl", b'{"text": "b"}\n' * 9), RAW + " --max_bytes=2", ["z.jsonl", "--max_bytes=2"]),
+    (("z.jsonl", b'{"text": "b"}\n' * 9), RAW + " --max_bytes=2", ["z.jsonl", "--max_bytes"]),
     (("b.jsonl.gz", gzip.compress(str(3**4000).encode())[:99]), RAW, ["raw/b.jsonl.gz"]),
-    (("b.jsonl", b'{"text": ""}\n' * 3), RAW, ["'b'", "none of its 0 documents"]),
+    (("b.jsonl", b'{"text": ""}\n' * 3), RAW, ["raw/b.jsonl", "gives no document"]),
     (("b.jsonl", b'{"text": "a"}\n'), RAW, ["'b'", "train"]),
     (("b.jsonl", b'{"text": "b"}\n' * 2), RAW, ["'b'", "val"]),
     (("b.jsonl", b'{"text": "a"}\n'), KEY, ["raw/b.jsonl, line 1", "'meta.set'"]),
     *((("a.jsonl", json.dumps({"text": "a", "meta": {"set": name}}).encode()), KEY, ["raw/a.jsonl", repr(name)])
-      for name in ("../x", "", "a\n", "meta.json", "Tokenizer.json")),
+      for name in ("../x", "", "meta.json", "Tokenizer.json")),
     (("a.jsonl", b'{"text": "a", "meta": {"set": 1.5}}'), KEY, ["raw/a.jsonl, line 1", "float"]),
+    (("a.jsonl", b"".join(b'{"text": "a", "meta": {"set": %d}}\n' % n for n in range(2001))), KEY, ["--domain_key"]),
     (("tokenizer.model/x.txt", b"a"), RAW, ["raw/tokenizer.model", "'tokenizer.model'"]),
     *((None, f"{RAW} {flag}", [flag.split("=")[0]]) for flag in (
         "--val_fraction=1", "--val_fraction=0", "--val_fraction=nan", "--workers=0", "--out=x", "--eot_token=x")),
@@ -245,13 +248,6 @@ def test_bad_input(tmp_path, file, arguments, named):
         (tmp_path / "raw" / file[0]).parent.mkdir(exist_ok=True)
         (tmp_path / "raw" / file[0]).write_bytes(file[1])
     refused(tmp_path / "raw", named, "prepare.py", *arguments.split(), cwd=tmp_path)
-    assert not list(tmp_path.glob("data/*"))
-
-
-def test_too_many_domains(tmp_path):
-    write_rows(tmp_path / "raw/ids.jsonl", [{"text": "a", "id": number} for number in range(2001)])
-    refused(tmp_path / "raw", ["--domain_key=id"], "prepare.py", "raw", "--domain_key=id", "--tokenizer=bytes",
-            cwd=tmp_path)
     assert not list(tmp_path.glob("data/*"))
 
 

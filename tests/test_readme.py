@@ -14,7 +14,8 @@ from conftest import ROOT, TINY
 from forked import run_forked
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [re.sub(r" +", " ", line.strip()) for line in re.findall(r"^    python (.*)$", README, re.MULTILINE)]
+COMMANDS = re.findall(r"^    python (.*?)(?: +#.*)?$", README, re.MULTILINE)
+COMMANDS = [re.sub(r" +", " ", command) for command in COMMANDS]
 PIPELINE = COMMANDS[: [command.startswith("-m tools.export_hf") for command in COMMANDS].index(True) + 1]
 
 
@@ -55,8 +56,7 @@ esac
 
 def run_demo(folder, *ready):
     """Run demo.sh with pythons that only write it down.  Return what was asked of them, imports apart."""
-    (folder / "common").mkdir()
-    for name in ("demo.sh", "requirements.txt", "common/environment.sh"):
+    for name in ("demo.sh", "requirements.txt", "environment.sh"):
         shutil.copy(ROOT / name, folder / name)
     fake = FAKE.replace("ROOT", str(folder))
     for name, file in ("base", "bin/python3"), ("venv", ".venv/bin/python"), ("uv", "bin/uv"), ("venv", "fake"):
@@ -94,11 +94,12 @@ def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, ready
     assert all(f"--out_dir={run}" in " ".join(ran) for run in compared.split()[1:])
 
 
-def test_lines_that_the_readme_names():
-    rows = re.findall(r"\| `(\w+\.py):(\d+)` \| `([^`]+)` \|", README)
+def test_code_that_the_readme_quotes():
+    """The table of Algorithm 1: a file, and a piece of it, which may be anywhere in the file."""
+    rows = re.findall(r"\| `(\w+\.py)`[^|]* \| `([^`]+)` \|", README)
     assert len(rows) == 8
-    for name, number, code in rows:
-        assert code in (ROOT / name).read_text().splitlines()[int(number) - 1], f"{name}:{number} is not {code}"
+    for name, code in rows:
+        assert code in (ROOT / name).read_text(), f"{name} has no {code}"
 
 
 @pytest.mark.slow

@@ -120,9 +120,9 @@ def test_killed_again_and_again(world, undisturbed, tmp_path, script):
 
 @pytest.mark.parametrize("script, ranks, stops_at, name, status", [
     ("train_doremi.py", 1, 5, "SIGTERM", 143), ("train_reference.py", 1, 5, "SIGINT", 130),
-    ("train_doremi.py", 2, 6, "SIGINT", 130)])
+    ("train_doremi.py", 2, 7, "SIGTERM", 143), ("train_large.py", 1, 5, "SIGHUP", 129)])
 def test_stopped_and_resumed(world, undisturbed, tmp_path, script, ranks, stops_at, name, status):
-    """A signal at step 5 finishes the step (several ranks continue to the next log step, where they agree on it),
+    """A signal at step 5 finishes the step (several ranks agree on it in the next step, and know it after one more),
     saves, and exits with 128 + signal: a stopped run is never mistaken for a finished one."""
     flags = [*script_flags(script, world, "float32"), f"--out_dir={tmp_path}/run"]
     run_forked(script, *flags, ranks=ranks, kill=(name, 5), status=status)

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, read_metrics, run_here
 from forked import run_forked
 
-from common.run import MACHINE_FLAGS, PATH_FLAGS, Run, identity, read_config
+from common.run import NOT_COMPARED, Run, identity, read_config
 
 WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two runs of the same
 DOMAINS = ["counting", "simple", "rich", "small"]
@@ -41,6 +41,7 @@ def test_metrics(runs, name, keys):
     """Steps of 12 sequences of 16 tokens: 192. A line every 3 steps, an evaluation every 6."""
     lines, files = read_metrics(getattr(runs, name)), {path.name for path in getattr(runs, name).iterdir()}
     assert files - {"doremi_domain_weights_12.pt", ".lock"} == {"flags.txt", "config.json", "ckpt.pt", "metrics.jsonl"}
+    assert lines.pop()["ended"] == "finished"
     training, evaluations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12] and len(training) == 4
     for line in training:
@@ -75,11 +76,10 @@ def test_identity_is_what_makes_a_run_this_experiment(runs):
     """Every flag but those of places and machines; two domains may be called as the config's own sections are."""
     config = read_config(runs.proxy)
     found = identity(config)
-    same = {*MACHINE_FLAGS, *PATH_FLAGS}  # of paths and weights, what they lead to is compared
-    assert "batch_size" not in same and "dtype" not in same and len(same) == 14 and "eval_windows" not in same
+    assert not {"batch_size", "dtype", "eval_windows"} & NOT_COMPARED and len(NOT_COMPARED) == 14
     for name in config["flags"]:
         changed = {**config, "flags": {**config["flags"], name: "another"}}
-        assert (identity(changed) == found) == (name in same), name
+        assert (identity(changed) == found) == (name in NOT_COMPARED), name
     assert identity({**config, "versions": {}, "device": "cuda", "world_size": 8, "wandb_id": "other"}) == found
     for domain in ("reference", "data", "out_dir", "device"):
         for section, name in (("sampling_weights", None), ("data", "train_tokens")):

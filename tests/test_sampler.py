@@ -45,35 +45,21 @@ def test_counts_are_unbiased(weights, batch_size):
     assert total.tolist() == (batch_size * weights).tolist()
 
 
-@pytest.mark.parametrize("weights", [[0.0, 1, 1], [1, 0.0, 1], [1, 1, 0.0], [0.0, 0.3, 0.0], [0.7, 0.1, 0.0]])
-def test_a_domain_of_weight_zero_is_never_drawn(weights):
-    u = np.concatenate([np.linspace(0, 1, 500, endpoint=False), [1 - 2**-53, 1 - 2**-30, 2**-53]])
-    counts = np.array([systematic_counts(np.array(weights), 64, x) for x in u])
-    assert (counts[:, np.array(weights) == 0] == 0).all() and (counts.sum(axis=1) == 64).all()
-
-
 # ---- the permutation ----
 
 
-def forward_and_back(value, size, keys):
-    """permute and its inverse, one integer at a time with Python's own: the image of value, and value again."""
+def permute_one(x, size, keys):
+    """permute of one integer, with Python's own, which have no width."""
     half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask, keys = 2**half - 1, keys.tolist()
-
-    def walk(x, keys, step):
-        while True:
-            left, right = x >> half, x & mask
-            for key in keys:
-                left, right = step(left, right, key)
-            x = left << half | right
-            if x < size:
-                return x
-
-    def f(half, key):
-        return int(sampler.scramble(np.array([(half + key) % 2**64], dtype=np.uint64))[0]) & mask
-
-    image = walk(value, keys, lambda left, right, key: (right, left ^ f(right, key)))
-    return image, walk(image, keys[::-1], lambda left, right, key: (right ^ f(left, key), left))
+    mask = 2**half - 1
+    while True:
+        left, right = x >> half, x & mask
+        for key in keys.tolist():
+            scrambled = int(sampler.scramble(np.array([(right + key) % 2**64], dtype=np.uint64))[0])
+            left, right = right, left ^ (scrambled & mask)
+        x = left << half | right
+        if x < size:
+            return x
 
 
 @quick
@@ -93,11 +79,9 @@ EDGES = [size for bits in (11, 20, 21, 31, 32, 40, 50) for size in (2**bits - 1,
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(EDGES) | st.integers(1025, 10**12), st.floats(0, 1), st.integers(0, 9))
 def test_permute_of_many_is_that_of_each(size, at, seed):
-    """By arithmetic without numpy's fixed widths; and it can be undone."""
     index = np.unique([0, int(at * (size - 1)), size - 1])
     keys = round_keys(seed, "domain", 0)
-    for i, value in zip(index.tolist(), permute(index, size, keys).tolist()):
-        assert 0 <= value < size and forward_and_back(i, size, keys) == (value, i)
+    assert permute(index, size, keys).tolist() == [permute_one(i, size, keys) for i in index.tolist()]
 
 
 def test_a_few_windows_come_in_every_order():

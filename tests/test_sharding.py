@@ -85,7 +85,7 @@ def test_metrics_are_those_of_one_rank(train):
     them; a forward pass is a collective, so every rank has to have as many."""
     (out, _), (alone, _) = train("--dtype=float64", "--micro_batch_size=1", ranks=3), train("--dtype=float64")
     for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
-        for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds"}:
+        for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds", "ended"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-11, abs=1e-12), name
 
 
@@ -95,17 +95,6 @@ def test_recomputed_activations_change_nothing(train, ranks):
     (plain, _), (recomputed, _) = (train("--dtype=float32", flag, ranks=ranks) for flag in
                                    ("--no-activation_checkpointing", "--activation_checkpointing"))
     assert distance(model_of(plain), model_of(recomputed)) == 0
-
-
-def test_nothing_waits_between_log_lines(train, tmp_path):
-    """Of both scripts on two ranks: numbers are read off tensors at steps 3 and 6, where lines, evaluations and
-    checkpoints are; never between."""
-    reference, notes = train("--dtype=float32", ranks=2)
-    run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={tmp_path}/proxy", "--log_interval=3",
-               "--no-compile", "--eval_interval=6", "--eval_windows=2", "--micro_batch_size=3", ranks=2,
-               record=f"{tmp_path}/notes")
-    for own in [*notes, *(torch.load(f"{tmp_path}/notes.{rank}", weights_only=True) for rank in range(2))]:
-        assert {step for step, _ in own["waits"] if step} == {3, 6}
 
 
 def test_rank_0_alone_needs_the_checkpoint(tmp_path, data_dir):
@@ -147,7 +136,7 @@ def test_timeout_holds_in_every_group_of_two_nodes():
         mesh = ranks.device_mesh(machine)
         waits = [mesh.get_group(name)._get_backend(machine.device).options._timeout.total_seconds()
                  for name in mesh.mesh_dim_names]
-        ranks.leave_ranks()
+        torch.distributed.destroy_process_group()
         os._exit(0 if mesh.shape == (2, 2) and waits == [77, 77] else 1)
 
     with socket.socket() as probe:

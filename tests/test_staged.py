@@ -1,11 +1,12 @@
 """common/files.py: folders that appear whole or not at all, and the hash by which files are told apart."""
 
+import errno
 import hashlib
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,28 +25,41 @@ def test_sample_sha256(tmp_path):
     assert files.sample_sha256(tmp_path / "x", size - 1) != expected
 
 
-@pytest.fixture
-def handlers():
-    """Bring back the signals' handlers, which a stopped run leaves as it needed them."""
+def test_staged(tmp_path, capsys):
+    """It appears whole, or not at all after Ctrl-C or on a full disk; folders of others are as they were."""
+    (tmp_path / ".x.tmp").mkdir()
+    (tmp_path / ".x.tmp/notes").write_text("precious")
+    (tmp_path / ".x.0123abcd.tmp").mkdir()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-def test_staged(tmp_path, monkeypatch, handlers):
-    """Two runs do not write one folder; a second Ctrl-C does not stop the cleaning; a full disk is named."""
-    with files.staged(tmp_path / "x") as folder:
+    with pytest.raises(SystemExit) as stopped, files.staged(tmp_path / "x") as folder:
         (folder / "file").write_text("1")
-        with pytest.raises(files.UserError, match="another run"), files.staged(tmp_path / "x"):
-            pass
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["file"]
-    remove = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: (os.kill(os.getpid(), signal.SIGINT),
-                                                                    remove(*args, **options)))
-    with pytest.raises(SystemExit), files.staged(tmp_path / "y"):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(9)
-    with pytest.raises(files.UserError, match="No space left"), files.staged(tmp_path / "y"):
+    with pytest.raises(files.UserError, match="No space left"), files.staged(tmp_path / "x"):
         Path("/dev/full").write_text("x" * 99_999)
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert stopped.value.code == 130 and {number: signal.getsignal(number) for number in before} == before
+    with mock.patch.object(signal, "getsignal", lambda number: signal.SIG_IGN), files.staged(tmp_path / "x") as folder:
+        assert signal.signal(signal.SIGINT, before[signal.SIGINT]) == before[signal.SIGINT]  # what nohup set stays
+        (folder / "file").write_text("2")
+    assert (tmp_path / "x/file").read_text() == "2" and (tmp_path / ".x.tmp/notes").read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {"x", ".x.tmp", ".x.0123abcd.tmp"}
+    assert ".x.0123abcd.tmp" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_renamed(tmp_path, monkeypatch):
+    """Found before the work; and what fails at the end removes nothing."""
+    rename, done = Path.rename, []
+
+    def refuse(path, target):
+        if done:
+            raise OSError(errno.EXDEV, "cross-device link")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(files.UserError, match="is finished") as error, files.staged(tmp_path / "x") as folder:
+        (folder / "file").write_text("hours of work")
+        done.append(True)
+    assert str(folder) in str(error.value) and (folder / "file").read_text() == "hours of work"
+    with pytest.raises(files.UserError, match="renamed"), files.staged(tmp_path / "y"):
+        done.append("never")
+    assert done == [True] and list(tmp_path.iterdir()) == [folder]

@@ -11,23 +11,27 @@ it knows tokenizers by their hash.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python tools/export_hf.py
+
 from common import cli
 from common.cli import UserError
 from common.files import staged
-from common.run import check_same, load_finished
+from common.run import load_finished
 from common.tokenizer import EOT, data_tokenizer
 from model import Transformer
 from sampler import load_dataset
 
 try:
     import tokenizers
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 except ImportError as error:
-    tokenizers, missing = None, error.name
+    tokenizers, missing = None, error.name.split(".")[0]
 
 
 def llama_config(model, eot):
@@ -102,18 +106,25 @@ def hf_tokenizer(dataset):
     return made, name
 
 
+def save_parameters(parameters, path):
+    try:
+        save_file(parameters, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the system's, of a full disk for instance
+        raise OSError(None, str(error), str(path)) from None
+
+
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="the directory to make")
-    parser.add_argument("--data_dir", help="the run's data set, for its tokenizer (default: where it was in training)")
+    parser.add_argument("run", type=cli.path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("out_dir", type=cli.path, metavar="OUT_DIR", help="the directory to make")
+    parser.add_argument("--data_dir", type=cli.path,
+                        help="the run's data set, for its tokenizer (default: where it was in training)")
     args = parser.parse_args(argv)
     if not tokenizers:
         raise UserError(f"export_hf.py needs the package {missing}: pip install '.[hf]'")
     config, checkpoint = load_finished(args.run, ("reference", "proxy", "large"))
-    dataset = load_dataset(args.data_dir or config["data"]["data_dir"], config["model"]["block_size"])
-    check_same([dataset.directory, args.run], [{"tokenizer_sha256": sha256} for sha256 in (
-        dataset.meta["tokenizer_sha256"], config["data"]["tokenizer_sha256"])], "give the run's data set")
+    dataset = load_dataset(args.data_dir or config["data"]["data_dir"], 1)  # no windows are needed
+    dataset.check_tokenizer(args.run, config)
     model = Transformer.load(config, checkpoint["model"], torch.float32)
     tokenizer, eot = hf_tokenizer(dataset)
     files = {"config.json": llama_config(config["model"], dataset.meta["eot_token"]), "tokenizer_config.json": {
@@ -122,8 +133,8 @@ def main(argv=None):
     with staged(args.out_dir) as folder:
         for name, values in files.items():
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-        save_file(llama_parameters(model), folder / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        save_parameters(llama_parameters(model), folder / "model.safetensors")
     cli.print_anywhere(f"written: {args.out_dir}, {config['n_params']:,} parameters")
 
 

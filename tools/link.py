@@ -3,129 +3,203 @@
 reads   INPUT, a directory with one entry per domain:
             DOMAIN.bin and DOMAIN.idx    Megatron; "_text_document" is no part of the name
             DOMAIN.ds                    datatrove, with its .ds.index and .ds.metadata
-            DOMAIN.bin                   bare ids, like nanoGPT's; or with the header of llm.c and modded-nanogpt
-            DOMAIN.parquet               rows of input_ids
+            DOMAIN.bin                   bare ids, like nanoGPT's
+            DOMAIN.parquet               rows of input_ids; what their attention_mask leaves out is padding
             DOMAIN/                      one or several of these, of which those named val are held out, test left out
 writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer if it came from a file
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
---tokenizer must be the one that made the ids. A domain of one file of uint16 or (u)int32 ids is linked; several files,
-headers, rows, and documents without end of text are copied. Nothing is guessed: an index, metadata or a header tells
-the type of the ids; bare ids are of the widest type in which all of a domain's are tokens. Unless a file named val is,
-the last documents of a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its end, so
-meta.json says how many of its tokens are for training (train_tokens) and how many bytes the file must have
+--tokenizer must be the one that made the ids, with end of text before or after each document. A domain of one file of
+uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. Nothing is guessed: an index or metadata
+tells the type of the ids; bare ids are of the widest type in which all of a domain's are tokens. Unless a file named
+val is, the last documents of a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its
+end, so meta.json says how many of its tokens are for training (train_tokens) and how many bytes the file must have
 (train_file_bytes). train_bytes is null: counting it would mean decoding everything.
 """
 
-import argparse
 import re
+import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.cli import ArgumentParser, UserError, positive, print_anywhere, run
-from common.corpus import HELD_OUT, files_by_domain, visible
-from common.files import staged
-from common.tokenizer import load_tokenizer
-from prepare import check_domain_name, print_table, write_meta
-from sampler import folder_name
-from tools.token_files import BLOCK, inspect, read_blocks, settle
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common import cli
+from common.cli import UserError, print_anywhere
+from common.files import folder_name, staged
+from common.tokenizer import load_tokenizer, optional, tokenizer_name
+from prepare import HELD_OUT, files_by_domain, print_table, visible, write_meta
 
 DATA = re.compile(r"((_text)?(_document|_sentence))?\.(bin|ds|parquet)$")
 BESIDE = re.compile(r"\.idx$|\.ds\.(index|metadata|loss)$")  # files that tell of others
 VAL = re.compile(r"(?i)val|dev")  # of what HELD_OUT finds
+MAGIC = re.compile(rb"[\x80-\xff]?[A-Z]{3}[A-Z0-9]|PK\x03\x04|\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|(.{8})?\{\"", re.S)
+MEGATRON = {4: "<u4", 5: "<u8", 8: "<u2"}  # its codes: type; ids are not negative, so int32 is read as uint32
+BLOCK = 1 << 22  # tokens read at once
 
 
-# ---- where documents begin -------------------------------------------------------------------------------------------
-
-
-def lacks_marks(domain, sources, eot):
-    """Tell whether documents lack an end-of-text token that must be inserted, for index and rows know where they begin.
-
-    Raises UserError if it is unclear whether rows are documents or packed: all of one length, with such tokens inside.
-    """
-    documents = begin = end = total = 0
-    packed = True
-    for source in sources:
-        known = [np.empty(0, np.int64)]
-        for ids, lengths in read_blocks(source):
-            if lengths is None:
-                break
-            lengths = lengths[lengths > 0]
-            ends = np.cumsum(lengths)
-            begin += int((ids[ends - lengths] == eot).sum())
-            end += int((ids[ends - 1] == eot).sum())
-            total += int((ids == eot).sum())
-            known.append(lengths)
-        lengths = np.concatenate(known)
-        documents += len(lengths)
-        packed &= source.lengths is None and (lengths[:-1] == lengths[:1]).all()  # the last may be shorter
-    if documents in (begin, end) or (packed and total):
-        return False
-    if total or packed:
-        raise UserError(f"domain {domain!r}: of {documents:,} documents or rows {begin:,} begin and {end:,} end with "
-                        f"id {eot}, end of text, which occurs {total:,} times; check --tokenizer, then say whether to "
-                        "insert one where they have none (--insert_eot) or to take them as they are (--no-insert_eot)")
-    return True
-
-
-def marked_blocks(sources, eot, insert):
-    """Yield ids, (n,) integers at a time; insert: with end of text between documents that have none there."""
-    ended = False
-    for source in sources:
-        for ids, lengths in read_blocks(source):
-            if insert and lengths is not None:
-                starts = (np.cumsum(lengths) - lengths)[lengths > 0]
-                marked = (ids[starts] == eot) | np.append(ended, ids[starts[1:] - 1] == eot)[: len(starts)]
-                ids = np.insert(ids.astype("<i8"), starts[~marked], eot)
-            if len(ids):
-                ended = ids[-1] == eot
-                yield source.path, ids
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- what a file says of itself, and what it holds -------------------------------------------------------------------
 
 
 @dataclass
-class Domain:
-    name: str
-    train: list  # of Sources
-    val: list
-    insert_eot: bool
+class Source:
+    path: Path
+    dtype: np.dtype | None = None  # of its ids; None: rows of Parquet, or not known yet
+    documents: int | None = None  # if an index tells, or rows of different lengths
 
-    def linked_type(self):
-        """The type of ids in the file that can be linked, or None."""
-        source = self.train[0]
-        plain = len(self.train) == 1 and source.dtype in (np.dtype("<u2"), np.dtype("<u4")) and not source.offset
-        return source.dtype if plain and not self.insert_eot else None
+    def ids(self):
+        size = self.path.stat().st_size
+        if size % self.dtype.itemsize:
+            raise UserError(f"{self.path}: {size:,} bytes are not whole ids of {self.dtype.itemsize} bytes; it is cut "
+                            "short, or its ids are of another type: see --dtype")
+        return np.memmap(self.path, self.dtype, mode="r") if size else np.empty(0, self.dtype)
+
+    def fits(self, vocab_size):
+        if self.path.stat().st_size % self.dtype.itemsize:
+            return False
+        ids = self.ids()
+        return all(ids[start : start + BLOCK].max() < vocab_size for start in range(0, len(ids), BLOCK))
+
+    def blocks(self):
+        """Yield all ids, some at a time."""
+        if self.path.suffix == ".parquet":
+            yield from (ids for ids, _ in read_parquet(self.path))
+        else:
+            ids = self.ids()
+            yield from (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
 
 
-def read_domain(name, entry, paths, tokenizer, args):
-    """Find out which of a domain's files are for training, and what they are.  Returns a Domain."""
+def inspect(path, bare):
+    """Find out a file's format.  bare: the type of ids of which nothing tells, if --dtype names it."""
+    if path.suffix == ".parquet":
+        lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in read_parquet(path))])
+        packed = (lengths[:-1] == lengths[:1]).all()  # the last may be shorter
+        return Source(path, documents=None if packed else len(lengths))
+    if path.suffix == ".bin" and path.with_suffix(".idx").exists():
+        return megatron(path, path.with_suffix(".idx"))
+    if path.suffix == ".ds" and (source := datatrove(path)):
+        return source
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    if not bare and (MAGIC.match(head) or bytes(128) in head):
+        raise UserError(f"{path}: begins with a header: {head[:12]}; cut it off (llm.c's 1,024 bytes with tail -c "
+                        "+1025), or if these are ids, name their type with --dtype")
+    return Source(path, np.dtype(bare).newbyteorder("<") if bare else None)
+
+
+def megatron(path, index):
+    with open(index, "rb") as file:
+        magic, version, code, sequences, documents = struct.unpack("<9sQBQQ", file.read(34).ljust(34, b"\0"))
+        if magic != b"MMIDIDX\0\0" or version != 1 or code not in MEGATRON:
+            raise UserError(f"{index}: not a Megatron index of version 1 with uint16, int32 or int64 ids: its first "
+                            f"bytes are {magic}, version {version}, type {code}")
+        if index.stat().st_size < 34 + 12 * sequences + 8 * documents:
+            raise UserError(f"{index}: is cut short; copy it again")
+        lengths = np.fromfile(file, "<i4", sequences)
+        pointers = np.fromfile(file, "<i8", sequences)
+        borders = np.fromfile(file, "<i8", documents)  # of documents, in sequences
+    dtype, ends = np.dtype(MEGATRON[code]), np.append(0, np.cumsum(lengths, dtype=np.int64))
+    ordered = (lengths >= 0).all() and (pointers == ends[:-1] * dtype.itemsize).all() and (np.diff(borders) >= 0).all()
+    if not ordered or not len(borders) or borders[0] or borders[-1] != sequences:
+        raise UserError(f"{index}: does not list its documents one after the other; merge the data again")
+    size = path.stat().st_size
+    if size != ends[-1] * dtype.itemsize:
+        raise UserError(f"{path}: {size:,} bytes are not {ends[-1]:,} tokens of {dtype.itemsize} bytes; it is cut "
+                        "short, or its index belongs to another file")
+    return Source(path, dtype, documents - 1)
+
+
+def datatrove(path):
+    """Return the Source of a .ds file, or None if nothing beside it tells the type of its ids.  Raises UserError."""
+    size, index, metadata = path.stat().st_size, Path(f"{path}.index"), Path(f"{path}.metadata")
+    documents, tokens, widths = None, [], set()
+    if index.exists():
+        ends = np.fromfile(index, "<u8")
+        documents = len(ends)
+        tokens.append(int(ends[-1:].sum()))
+    if metadata.exists():  # "tokenizer|bytes of an id", or the tokenizer alone; then the number of tokens
+        told = re.match(r".*?(?:\|(\d+))?\n(\d+)", metadata.read_text(errors="replace"))
+        tokens.append(int(told[2]) if told else 0)
+        if told and told[1]:
+            widths.add(float(told[1]))
+    if size or any(tokens):
+        widths |= {size / max(count, 1) for count in tokens}
+    if len(widths) > 1 or not widths <= {2, 4}:
+        told = " and ".join(f"{width:g}" for width in sorted(widths))
+        raise UserError(f"{path}: its index and metadata tell of ids of {told} bytes; expected 2 or 4, the same by "
+                        "both; it is cut short, or they belong to another file")
+    return Source(path, np.dtype(f"<u{widths.pop():.0f}"), documents) if widths else None
+
+
+def settle(sources, vocab_size):
+    """Give the bare files of a domain their type: the widest in which all their ids are below vocab_size."""
+    bare = [source for source in sources if source.dtype is None and source.path.suffix != ".parquet"]
+    for dtype in ("<u8", "<u4", "<u2") if vocab_size <= 1 << 16 else ("<u8", "<u4"):
+        for source in bare:
+            source.dtype = np.dtype(dtype)
+        if all(source.fits(vocab_size) for source in bare):
+            return
+
+
+def read_parquet(path):
+    """Yield (ids (n,), lengths (m,)) of m rows of input_ids, without padding."""
+    compute = optional("pyarrow.compute", path)
+    try:
+        file = optional("pyarrow.parquet", path).ParquetFile(path)
+        columns = [name for name in ("input_ids", "attention_mask") if name in file.schema_arrow.names]
+        if "input_ids" not in columns:
+            raise UserError(f"{path}: has no column input_ids; for text use prepare.py")
+        for name in columns:
+            found = file.schema_arrow.field(name).type
+            if not re.search(r"list<.*: (u?int\d+|bool)( not null)?>", str(found)):
+                raise UserError(f"{path}: {name} are of type {found}; expected lists of integers")
+        for batch in file.iter_batches(1024, columns=columns):
+            rows = compute.drop_null(batch)
+            lengths = compute.list_value_length(rows["input_ids"]).to_numpy()
+            ids, *mask = (rows[name].flatten().to_numpy(zero_copy_only=False) for name in columns)
+            if mask:  # it is 0 where a row is padded
+                row = np.repeat(np.arange(len(lengths)), lengths)[mask[0] != 0]
+                ids, lengths = ids[mask[0] != 0], np.bincount(row, minlength=len(lengths))
+            yield ids, lengths
+    except (OSError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+# ---- what a domain has -----------------------------------------------------------------------------------------------
+
+
+def read_domain(entry, paths, tokenizer, bare):
+    """Find out which of a domain's files are for training, and what they are.  Returns two lists of Sources."""
     train, val = [], []
     for path in paths:
         if BESIDE.search(path.name):
             refuse_orphan(path)
             continue
         if not DATA.search(path.name):
-            raise UserError(f"{path}: unknown file type; expected .bin, .ds or .parquet; remove it, or begin its name "
-                            "with a dot")
+            raise UserError(f"{path}: unknown file type; expected .bin, .ds or .parquet. Ids without a header may have "
+                            "any name (.npy, .dat): rename them to .bin; of numpy's files save the array with tofile. "
+                            "Remove others, or begin their names with a dot")
         held_out = [found for part in path.relative_to(entry).parts for found in HELD_OUT.findall(part)]
         if not held_out:
-            train.append(inspect(path, args.dtype))
+            train.append(inspect(path, bare))
         elif VAL.match(held_out[0]):
-            val.append(inspect(path, args.dtype))
+            val.append(inspect(path, bare))
         else:
             print_anywhere(f"leaving out {path}: it is named as test data")
     if not train:
         raise UserError(f"{entry}: holds no file for training; add one, or rename what is for training")
     settle(train + val, tokenizer.vocab_size)
-    insert = args.insert_eot
-    if insert is None:
-        insert = lacks_marks(name, train + val, tokenizer.eot)
-    return Domain(name, train, val, insert)
+    return train, val
+
+
+def linked_type(train):
+    """The type of ids in the one file of a domain that can be linked, or None."""
+    plain = len(train) == 1 and train[0].dtype in (np.dtype("<u2"), np.dtype("<u4"))
+    return train[0].dtype if plain else None
 
 
 def refuse_orphan(path):
@@ -134,11 +208,15 @@ def refuse_orphan(path):
         raise UserError(f"{path}: tells of {owner.name}, which is missing; bring it, or remove this one")
 
 
-def copy(sources, file_name, tokenizer, dtype, insert):
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def copy(sources, file_name, tokenizer, dtype):
     with open(file_name, "wb") as file:
-        for path, ids in marked_blocks(sources, tokenizer.eot, insert):
-            check_ids(ids, tokenizer, path)  # before a narrower type could wrap them around
-            file.write(ids.astype(dtype).data)
+        for source in sources:
+            for ids in source.blocks():
+                check_ids(ids, tokenizer, source.path)  # before a narrower type could wrap them around
+                file.write(ids.astype(dtype).data)
 
 
 def check_ids(ids, tokenizer, path):
@@ -152,44 +230,66 @@ def check_ids(ids, tokenizer, path):
                                 "--dtype")
 
 
+def check_marks(ids, sources, eot):
+    """Raise UserError where end of text does not stand between documents: it is missing, or it pads rows."""
+    marks = twice = 0
+    for start in range(0, len(ids), BLOCK):
+        mark = ids[start : start + BLOCK] == eot
+        marks += int(mark.sum())
+        twice += int((mark[1:] & mark[:-1]).sum())
+    documents = sum(source.documents or 0 for source in sources)
+    if marks < 0.99 * documents:
+        raise UserError(f"{sources[0].path}: end of text, id {eot}, occurs {marks:,} times in {documents:,} documents; "
+                        "check --tokenizer, or tokenize again with it after each (Megatron: --append-eod)")
+    if twice > marks / 2:
+        raise UserError(f"{sources[0].path}: of {marks:,} ends of text, id {eot}, {twice:,} follow another: rows are "
+                        "padded with it; keep their attention_mask beside input_ids, or cut the padding off")
+
+
 def count_documents(ids, eot):
     count = int(ids[0] != eot) - int(ids[-1] == eot)
     return count + sum(int((ids[start : start + BLOCK] == eot).sum()) for start in range(0, len(ids), BLOCK))
 
 
-def link_domain(domain, folder, tokenizer, dtype, max_val_tokens):
+def count_bytes(ids, tokenizer, domain):
+    """Return the bytes of the text of some ids, without the marks of its documents."""
+    try:
+        return sum(len(tokenizer.decode(text[text != tokenizer.eot].tolist()))
+                   for text in np.split(ids, np.flatnonzero(ids == tokenizer.eot)))
+    except KeyError as error:
+        raise UserError(f"domain {domain!r}: holds id {error}, which {tokenizer.name} lacks; see --tokenizer") from None
+
+
+def link_domain(domain, train, val, folder, tokenizer, dtype, max_val_tokens):
     """Make one domain's train.bin and val.bin; returns its entry in meta.json."""
     folder.mkdir()
     train_path, val_path, eot = folder / "train.bin", folder / "val.bin", tokenizer.eot
-    linked = domain.linked_type() == dtype
+    linked = linked_type(train) == dtype
     if linked:
-        train_path.symlink_to(domain.train[0].path.resolve())
-        check_ids(domain.train[0].ids(), tokenizer, domain.train[0].path)
+        train_path.symlink_to(train[0].path.resolve())
+        check_ids(train[0].ids(), tokenizer, train[0].path)
     else:
-        copy(domain.train, train_path, tokenizer, dtype, domain.insert_eot)
-    copy(domain.val, val_path, tokenizer, dtype, domain.insert_eot)
-    for path, sources in (train_path, domain.train), (val_path, domain.val):
+        copy(train, train_path, tokenizer, dtype)
+    copy(val, val_path, tokenizer, dtype)
+    for path, sources in (train_path, train), (val_path, val):
         if sources and path.stat().st_size < 2 * dtype.itemsize:
             raise UserError(f"{sources[0].path}: holds no tokens; add some, or remove it")
+        if sources:
+            check_marks(np.memmap(path, dtype, mode="r"), sources, eot)
     ids = np.memmap(train_path, dtype, mode="r")
     end = len(ids)
-    if not domain.val:
+    if not val:
         tail = end - max(1, min(max_val_tokens, end // 20))
         begins = np.flatnonzero(ids[tail:-1] == eot)
         if not len(begins):
-            raise UserError(f"{domain.train[-1].path}: no document begins in its last {end - tail:,} tokens: none is "
+            raise UserError(f"{train[-1].path}: no document begins in its last {end - tail:,} tokens: none is "
                             f"end of text, id {eot}; check --tokenizer, give more data, or raise --max_val_tokens")
         end = tail + int(begins[0])
         ids[end:].tofile(val_path)
-    val = np.memmap(val_path, dtype, mode="r")
-    entry = {"train_tokens": end, "val_tokens": len(val), "train_documents": count_documents(ids[:end], eot),
-             "val_documents": count_documents(val, eot), "train_bytes": None, "val_bytes": 0}  # fmt: skip
-    for text in np.split(val, np.flatnonzero(val == eot)):
-        try:
-            entry["val_bytes"] += len(tokenizer.decode(text[text != eot].tolist()))
-        except KeyError as error:
-            raise UserError(f"domain {domain.name!r}: holds id {error}, which {tokenizer.name} lacks; check "
-                            "--tokenizer") from None
+    held_out = np.memmap(val_path, dtype, mode="r")
+    entry = {"train_tokens": end, "val_tokens": len(held_out), "train_documents": count_documents(ids[:end], eot),
+             "val_documents": count_documents(held_out, eot), "train_bytes": None,
+             "val_bytes": count_bytes(held_out, tokenizer, domain)}  # fmt: skip
     if linked:
         entry["train_file_bytes"] = train_path.stat().st_size
     else:
@@ -199,41 +299,40 @@ def link_domain(domain, folder, tokenizer, dtype, max_val_tokens):
 
 
 def main():
-    parser = ArgumentParser(__doc__)
+    parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("input", metavar="INPUT", type=Path, help="see above")
-    add("--out_dir", type=Path, help="the data set to make (default: data/NAME, after INPUT)")
-    add("--tokenizer", required=True, help="what made the ids: a tiktoken name, FILE.tiktoken or a tokenizer.json")
+    add("input", metavar="INPUT", type=cli.path, help="see above")
+    add("--out_dir", type=cli.path, help="the data set to make (default: data/NAME, after INPUT)")
+    add("--tokenizer", type=tokenizer_name, required=True, help="what made the ids: a tiktoken name, FILE.tiktoken or "
+        "a tokenizer.json")
     add("--eot_token", help="end-of-text token of a tokenizer.json (default: the usual one that it has)")
     add("--dtype", choices=["uint16", "uint32", "uint64"], help="type of ids in files that do not tell it, whether "
         "signed or not (default: the widest in which all are tokens)")  # fmt: skip
-    add("--insert_eot", action=argparse.BooleanOptionalAction, help="put an end-of-text token between documents of an "
-        "index or rows that have none there (default: if there are none at all)")  # fmt: skip
-    add("--max_val_tokens", type=positive, default=10_000_000, help="tokens to hold out at the end of each domain, at "
-        "most a twentieth of it (default: %(default)s)")  # fmt: skip
+    add("--max_val_tokens", type=cli.positive, default=10_000_000, help="tokens to hold out at the end of each domain, "
+        "at most a twentieth of it (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
+    root = Path(args.input)
     tokenizer = load_tokenizer(args.tokenizer, args.eot_token)
-    for path in visible(args.input):
+    for path in visible(root):
         if BESIDE.search(path.name):
             refuse_orphan(path)
-    domains = []
-    for name, entry, paths in files_by_domain(args.input, DATA, BESIDE):
-        check_domain_name(name, entry)
-        domains.append(read_domain(name, entry, paths, tokenizer, args))
-    types = {domain.linked_type() for domain in domains} - {None}
+    domains = {}
+    for domain, entry, paths in files_by_domain(root, DATA, BESIDE):
+        domains[domain] = read_domain(entry, paths, tokenizer, args.dtype)
+    types = {linked_type(train) for train, _ in domains.values()} - {None}
     dtype = types.pop() if len(types) == 1 else np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise UserError(f"{args.input}: its ids are of {dtype}, too narrow for the {tokenizer.vocab_size} tokens of "
+        raise UserError(f"{root}: its ids are of {dtype}, too narrow for the {tokenizer.vocab_size} tokens of "
                         f"{tokenizer.name}; check --tokenizer")
-    out_dir = args.out_dir or Path("data", args.input.resolve().name)
+    out_dir = args.out_dir or Path("data", root.resolve().name)
     entries = {}
-    with staged(out_dir) as folder:
-        for domain in tqdm(domains, desc="linking", unit="domain", disable=None):
-            entries[domain.name] = link_domain(domain, folder / folder_name(domain.name), tokenizer, dtype,
-                                               args.max_val_tokens)
-        write_meta(folder, tokenizer, dtype, entries)
+    with staged(out_dir) as staging:
+        for domain, sources in tqdm(domains.items(), desc="linking", unit="domain", disable=None):
+            entries[domain] = link_domain(domain, *sources, staging / folder_name(domain), tokenizer, dtype,
+                                          args.max_val_tokens)
+        write_meta(staging, tokenizer, dtype, entries)
     print_table(entries, out_dir)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)
