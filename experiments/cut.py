@@ -17,10 +17,8 @@ from common.files import folder_name, sample_sha256
 
 PIECE = 512  # tokens
 
-if __name__ == "__main__":
-    source, out, tokens = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+def cut(source, out, tokens, seed=0):
     shutil.copytree(source, out)
-    seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
     meta = json.loads((out / "meta.json").read_text())
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
     fraction = tokens / sum(domain["train_tokens"] for domain in meta["domains"].values())
@@ -32,6 +30,10 @@ if __name__ == "__main__":
         pieces[np.sort(places)].tofile(file)
         domain["train_tokens"] = len(places) * PIECE
         domain["train_sha256"] = sample_sha256(file, file.stat().st_size)
-        domain.pop("train_documents", None)
-        domain.pop("train_bytes", None)
+        for count in ("train_documents", "train_bytes"):  # no longer true
+            domain.pop(count, None)
     (out / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
+if __name__ == "__main__":
+    cut(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))

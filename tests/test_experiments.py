@@ -4,8 +4,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import write_dataset
 
-from experiments import profit, theory
+from experiments import foretold, profit, theory
+from experiments.cut import cut
+from sampler import load_dataset
 
 
 def test_mixtures_deal_the_counts_out_in_reverse():
@@ -85,3 +88,30 @@ def test_a_uniform_answer_is_moved_for_the_profit(tmp_path):
     counts = np.array([100.0, 300.0])
     assert profit.mixture_weights("moved", counts, tmp_path / "1", 7) == pytest.approx([0.5, 0.5])
     assert profit.mixture_weights("moved-half", counts, tmp_path / "1", 7) == pytest.approx(np.array([9, 5]) / 14)
+
+
+def test_slopes_are_found_again():
+    """Losses made from known slopes; the third domain lives from the first."""
+    log_shares = np.random.default_rng(0).normal(size=(40, 3))
+    slopes = np.array([[-0.2, 0, -0.3], [0, -0.5, 0], [0, 0, -0.1]])
+    assert foretold.all_slopes(log_shares, log_shares @ slopes, strength=1e-6) == pytest.approx(slopes, abs=1e-4)
+    own = foretold.own_slopes(log_shares, log_shares * np.array([-0.2, -0.5, -0.1]))
+    assert own == pytest.approx(np.diag([-0.2, -0.5, -0.1]))
+
+
+def test_the_best_mixture_goes_to_the_steepest_domain_as_far_as_it_may():
+    natural = np.array([0.5, 0.25, 0.25])
+    weights = foretold.best_mixture(natural, np.diag([-0.1, -0.1, -0.9]), bound=0.5)
+    halfway = (natural + 1 / 3) / 2
+    assert weights[2] / weights[0] == pytest.approx(halfway[2] / halfway[0] * np.exp(1))  # +0.5 and -0.5
+    assert foretold.best_mixture(natural, np.diag([-0.3] * 3)) == pytest.approx(halfway, abs=1e-3)
+
+
+def test_a_cut_keeps_the_shares_and_whole_pieces(tmp_path):
+    counts = {"a": 512 * 80, "b": 512 * 20}
+    write_dataset(tmp_path / "whole", {name: (np.arange(n), np.arange(99)) for name, n in counts.items()}, 50_000)
+    cut(tmp_path / "whole", tmp_path / "cut", 512 * 25)
+    dataset = load_dataset(tmp_path / "cut", 8)  # its hashes hold
+    assert dataset.token_counts().tolist() == [512 * 20, 512 * 5]
+    starts = np.fromfile(tmp_path / "cut/a/train.bin", "<u2")[::512]
+    assert (starts % 512 == 0).all() and (np.diff(starts.astype(int)) > 0).all() and starts.max() > 512 * 40
