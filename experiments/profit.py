@@ -21,7 +21,7 @@ from sampler import unimax
 LABELS = {
     "natural": "natural", "temperature-0.7": "temperature 0.7", "temperature-0.5": "temperature 0.5",
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
-    "unimax-4": "uniform, at most 4 epochs", "unimax-8": "uniform, at most 8 epochs",
+    "unimax-8": "uniform, at most 8 epochs",
     "unimax-32": "uniform, at most 32 epochs",
     "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
     "doremi-reversed": "DoReMi, reference on reversed",
@@ -122,6 +122,8 @@ def spread(values):
 
 def in_standard_errors(values):
     """How many standard errors the mean over seeds is away from 0."""
+    if len(values) < 2:
+        return np.nan
     return np.mean(values) / (np.std(values, ddof=1) / np.sqrt(len(values)))
 
 

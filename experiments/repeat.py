@@ -19,9 +19,9 @@ RESULTS = Path(__file__).parent / "results"
 FILES = {  # label: epochs of natural proportions, file
     "demo, whole (0.18 epochs)": (0.18, "profit-demo"), "demo, 1 epoch": (1, "repeat-demo-1"),
     "demo, 4 epochs": (4, "repeat-demo-4"), "demo, 16 epochs": (16, "repeat-demo-16"),
-    "demo, 16 epochs, other text": (16, "repeat-demo-16b"), "twelve, 16 epochs": (16, "repeat-twelve-16"),
+    "twelve, 16 epochs": (16, "repeat-twelve-16"),
 }
-MIXTURES = ("temperature-0.7", "uniform+natural", "uniform", "unimax-4", "unimax-8", "unimax-32", "doremi")
+MIXTURES = ("temperature-0.7", "uniform+natural", "uniform", "unimax-8", "unimax-32", "doremi")
 SEEDS = (10, 20, 30)
 OWN_EPOCHS = (0, 2, 5, 10, 20, 30, 50, 100)  # edges
 
@@ -100,8 +100,9 @@ def draw(path, groups):
         means = [group.changes[mixture].mean(axis=1) for group in here]
         weighted = [group.changes[mixture] @ group.natural for group in here]
         for panel, values in zip(axes, (means, weighted)):
-            panel.errorbar(epochs, [x.mean() for x in values], [x.std(ddof=1) for x in values], color=colour,
-                           marker=marker, capsize=3, label=LABELS[mixture])
+            spreads = [x.std(ddof=1) if len(x) > 1 else 0 for x in values]
+            panel.errorbar(epochs, [x.mean() for x in values], spreads, color=colour, marker=marker, capsize=3,
+                           label=LABELS[mixture])
     for panel, name in zip(axes, ("mean loss", "token-weighted mean loss")):
         panel.axhline(0, color="grey", linewidth=1)
         panel.set(xscale="log", xlabel="epochs of natural proportions", ylabel="change from natural (nats)", title=name)
@@ -113,9 +114,9 @@ def draw(path, groups):
 
 
 if __name__ == "__main__":
-    groups = {label: read_group(*place) for label, place in FILES.items() if (RESULTS / f"{place[1]}.jsonl").exists()}
+    groups = {label: read_group(*place) for label, place in FILES.items()}
     report(groups)
     report_domains(groups)
     report_tilts(groups["demo, 16 epochs"])
     if sys.argv[1:]:
-        draw(sys.argv[1], [group for label, group in groups.items() if "demo" in label and "other" not in label])
+        draw(sys.argv[1], [group for label, group in groups.items() if "demo" in label])
