@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 # The packages of the training scripts, and those whose files are the demo's text
-source common/environment.sh requirements.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
+source environment.sh requirements.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
     jinja2 fsspec pydantic PIL setuptools fontTools networkx sympy mpmath contourpy google.protobuf google.api google.type
 
 # Stage 0. Text to tokens: ten uneven domains, taken from what the Python packages themselves contain
@@ -22,9 +22,11 @@ python train_doremi.py --reference=checkpoints/reference --out_dir=checkpoints/p
 python average_weights.py checkpoints/proxy
 
 # Stage 4. A larger model trained on the answer, and its baselines, which differ in their sampling weights only
-for run in baseline:token_count uniform:uniform halfway:uniform+token_count doremi:checkpoints/proxy/weights.json; do
+for run in baseline:token_count uniform:uniform temperature:temperature:0.7 \
+    doremi:checkpoints/proxy/weights.json; do
     python train_large.py --data_dir=data/demo --out_dir=checkpoints/large-${run%%:*} --sampling_weights=${run#*:} --resume
 done
 
 # Stage 5. The profit: held-out loss, domain by domain
-python compare.py checkpoints/large-baseline checkpoints/large-uniform checkpoints/large-halfway checkpoints/large-doremi
+python compare.py checkpoints/large-baseline checkpoints/large-uniform checkpoints/large-temperature \
+    checkpoints/large-doremi

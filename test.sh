@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 
-source common/environment.sh requirements-test.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
-    filelock pytest hypothesis ruff transformers tokenizers safetensors pyarrow datasets zstandard
+source environment.sh requirements-test.txt torch numpy tiktoken rustbpe wandb matplotlib tqdm \
+    pytest hypothesis ruff transformers tokenizers safetensors pyarrow datasets zstandard
 
 python -m pytest "$@"

@@ -94,7 +94,7 @@ def configs(args, folder):
         vocab_size = args.vocab_size or int(re.search(r"parameters with ([\d,]+) tokens", text)[1].replace(",", ""))
         b = 4 if args.quick else int(re.search(r"--micro_batch_size=(\d+)", text)[1])
         data, reference = random_data(folder / name / "data", vocab_size), folder / name / "reference"
-        flags = [f"@configs/{name}.txt", f"--batch_size={b}", f"--data_dir={data}", *TINY * args.quick]
+        flags = [f"@configs/{name}.txt", f"--batch_size={b}", f"--data_dir={data}", "--compile", *TINY * args.quick]
         speed, mfu, peak = measured("train_reference.py", reference, flags, 15)
         say("configs", config=name, micro_batch_size=b, tokens_per_second=speed, mfu=mfu, peak_gb=peak)
         proxy, _, peak = measured("train_doremi.py", folder / name / "proxy", [f"--reference={reference}"], 15)

@@ -56,8 +56,7 @@ esac
 
 def run_demo(folder, *ready):
     """Run demo.sh with pythons that only write it down.  Return what was asked of them, imports apart."""
-    (folder / "common").mkdir()
-    for name in ("demo.sh", "requirements.txt", "common/environment.sh"):
+    for name in ("demo.sh", "requirements.txt", "environment.sh"):
         shutil.copy(ROOT / name, folder / name)
     fake = FAKE.replace("ROOT", str(folder))
     for name, file in ("base", "bin/python3"), ("venv", ".venv/bin/python"), ("uv", "bin/uv"), ("venv", "fake"):

@@ -1,4 +1,4 @@
-# source common/environment.sh REQUIREMENTS MODULE...: let `python` be one that imports all MODULEs.
+# source environment.sh REQUIREMENTS MODULE...: let `python` be one that imports all MODULEs.
 # An environment that does is used as it is: .venv, or else the active one. Otherwise .venv is made, or completed if it
 # is there, with pip or uv. So a command that was interrupted, even while it made .venv, is simply repeated.
 
