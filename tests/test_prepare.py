@@ -11,18 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-import tracemalloc
-from argparse import Namespace
-from collections import Counter
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import EOT, ROOT, TEXTS, contents, prepare_in, prose, read_set, refused, sides, write_rows, write_texts
 
 import prepare
-from common.tokenizer import load_tokenizer
 
 
 def test_known_numbers(tmp_path):
@@ -112,33 +105,17 @@ def test_domain_key(tmp_path):
 
 
 def test_max_bytes_keeps_proportions(tmp_path):
-    """Of the text, whatever the format, the compression and the other fields of a row."""
+    """Of the sizes of the files: 60, 240 and 60 texts of equal length; a domain's files count together."""
     texts = [prose(200, number) for number in range(360)]
-    rows = [{"text": text, "other": "x" * 5000} for text in texts]
     write_texts(tmp_path / "raw/a.jsonl", texts[:60])
-    write_rows(tmp_path / "raw/b.jsonl.gz", rows[:240])
-    pq.write_table(pa.Table.from_pylist(rows[:120]), tmp_path / "raw/c0.parquet")
-    write_rows(tmp_path / "raw/c/0.jsonl.xz", rows[120:240])
-    write_rows(tmp_path / "raw/c/1.json", rows[:60])
-    (tmp_path / "raw/d.txt").write_text(EOT.join(texts[:60]))
+    write_texts(tmp_path / "raw/b/0.jsonl", texts[60:120])
+    write_texts(tmp_path / "raw/b/1.jsonl", texts[120:300])
+    (tmp_path / "raw/c.txt").write_text(EOT.join(texts[300:]))
     prepare_in(tmp_path, "raw --tokenizer=bytes --max_bytes=200_000 --val_fraction=0.3")
     domains = read_set(tmp_path / "data/raw")[0]["domains"]
     size = {name: entry["train_bytes"] + entry["val_bytes"] for name, entry in domains.items()}
     assert 200_000 <= sum(size.values()) < 202_000  # at most one document too many
-    parts = {"a": 60, "b": 240, "c": 180, "c0": 120, "d": 60}
-    assert size == pytest.approx({name: 200_000 * part / 660 for name, part in parts.items()}, abs=2000)
-
-
-def test_max_bytes_estimates_large_files(tmp_path, monkeypatch):
-    """The text of a large file is estimated from its beginning: here from a tenth, to a tenth."""
-    monkeypatch.setattr("prepare.MEASURED", 200_000)
-    texts = [prose(200, number) for number in range(2000)]
-    write_texts(tmp_path / "a.jsonl", texts)
-    write_texts(tmp_path / "a.jsonl.gz", texts)
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    for path in tmp_path.iterdir():
-        found = prepare.text_size(prepare.Input(path, "a", "rows"), "text")
-        assert found == pytest.approx(sum(map(len, texts)), rel=0.1) and found != sum(map(len, texts))
+    assert size == pytest.approx({"a": 200_000 / 6, "b": 400_000 / 3, "c": 200_000 / 6}, rel=0.1)
 
 
 def test_max_val_tokens(tmp_path):
@@ -155,24 +132,6 @@ def test_max_val_tokens(tmp_path):
     assert some["a"]["train"] == every["a"]["train"]
 
 
-def test_memory_of_one_large_document(tmp_path):
-    """A document of n bytes, a token each: n bytes of text and 2 n of ids, and nothing larger on the way."""
-    n = 8_000_000
-    tokenizer, text = load_tokenizer("bytes"), b"0123456 " * (n // 8)
-    (tmp_path / "raw/a").mkdir(parents=True)
-    (tmp_path / "raw/a/x").write_bytes(text)
-    tracemalloc.start()
-    inputs = prepare.find_inputs(str(tmp_path / "raw"), None)
-    (tmp_path / "out").mkdir()
-    documents = prepare.read_documents(inputs, [np.inf], "text", None, Counter())
-    args = Namespace(val_fraction=1e-9, max_val_tokens=10**9, workers=1)
-    with pytest.raises(prepare.UserError, match="falls in val"):  # one document has one side only
-        prepare.write_bins(documents, tmp_path / "out", tokenizer, np.dtype("<u2"), args)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (tmp_path / "out/a/train.bin").stat().st_size == 2 * n + 2 and 3 * n < peak < 3.5 * n
-
-
 def test_runs_agree_to_the_byte_whatever_the_workers(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         write_texts(tmp_path / f"raw/{name}.jsonl", [prose(300, seed * 1000 + number) for number in range(300)])
@@ -184,7 +143,7 @@ def test_runs_agree_to_the_byte_whatever_the_workers(tmp_path):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_run_leaves_no_data_set(tmp_path, number):
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw/a.txt").write_text(prose(200_000) * 30)
@@ -205,7 +164,7 @@ def test_interrupted_run_leaves_no_data_set(tmp_path, number):
     assert sorted(path.name for path in (tmp_path / "x/set").iterdir()) == ["a", "meta.json"]
 
 
-@pytest.mark.parametrize("out_dir", [".", "/", "..", "link", "new/..", "raw/good.jsonl/x", "raw"])
+@pytest.mark.parametrize("out_dir", [".", "link", "raw/good.jsonl/x", "raw"])
 def test_out_dir_is_checked_first(tmp_path, monkeypatch, out_dir):
     write_texts(tmp_path / "raw/good.jsonl")
     (tmp_path / "link").symlink_to("nowhere")
@@ -224,18 +183,12 @@ BAD = [  # a file beside the good domain (name, bytes), arguments, what is named
     (("b.jsonl", b'{"text": "a"}\n'), RAW, ["'b'", "train"]),
     (("b.jsonl", b'{"text": "b"}\n' * 2), RAW, ["'b'", "val"]),
     (("b.jsonl", b'{"text": "a"}\n'), KEY, ["raw/b.jsonl, line 1", "'meta.set'"]),
-    *((("a.jsonl", json.dumps({"text": "a", "meta": {"set": name}}).encode()), KEY, ["raw/a.jsonl", repr(name)])
-      for name in ("../x", "", "meta.json", "Tokenizer.json")),
+    (("a.jsonl", b'{"text": "a", "meta": {"set": ""}}'), KEY, ["raw/a.jsonl, line 1", "''"]),
     (("a.jsonl", b'{"text": "a", "meta": {"set": 1.5}}'), KEY, ["raw/a.jsonl, line 1", "float"]),
-    (("a.jsonl", b"".join(b'{"text": "a", "meta": {"set": %d}}\n' % n for n in range(2001))), KEY, ["--domain_key"]),
-    (("tokenizer.model/x.txt", b"a"), RAW, ["raw/tokenizer.model", "'tokenizer.model'"]),
     *((None, f"{RAW} {flag}", [flag.split("=")[0]]) for flag in (
         "--val_fraction=1", "--val_fraction=0", "--val_fraction=nan", "--workers=0", "--out=x", "--eot_token=x")),
-    (None, "raw --tokenizer=train:256", ["--tokenizer=train:256", "257"]),
-    (None, "raw --tokenizer=train:4k", ["--tokenizer=train:4k", "whole number"]),
-    (None, "raw --tokenizer=train:60000", ["--tokenizer=train:60000"]),
-    (None, "raw --tokenizer=gpt9", ["--tokenizer=gpt9", "gpt2"]),
-    (None, "raw --tokenizer=x.tiktoken", ["x.tiktoken", "No such file"]),
+    *((None, f"raw --tokenizer={spec}", [f"--tokenizer={spec}"]) for spec in (
+        "train:256", "train:4k", "train:60000", "gpt9", "x.tiktoken")),
     (("../x.tiktoken", b"YQ== 1\n"), "raw --tokenizer=x.tiktoken", ["x.tiktoken"]),
     (("../t.json", b"{}"), "raw --tokenizer=t.json", ["t.json", "not a tokenizer.json"]),
 ]  # fmt: skip
@@ -263,14 +216,3 @@ def test_no_network(tmp_path, flags, words):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and all(word in done.stderr for word in words)
     assert not list(tmp_path.glob("data/*"))
-
-
-@pytest.mark.parametrize("name, package", [("raw/b.parquet", "pyarrow"), ("raw/b.jsonl.zst", "pyarrow"),
-                                           ("t.json", "tokenizers")])
-def test_missing_package_is_named(tmp_path, monkeypatch, name, package):
-    write_texts(tmp_path / "raw/a.jsonl")
-    (tmp_path / name).write_bytes(b"{}")
-    for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
-        monkeypatch.setitem(sys.modules, module, None)
-    refused(tmp_path / "raw", [f"needs the package {package}", "[hub]"], "prepare.py", "raw",
-            f"--tokenizer={'t.json' if name == 't.json' else 'bytes'}", cwd=tmp_path)
