@@ -172,7 +172,7 @@ def read_domain(entry, paths, tokenizer, bare):
         else:
             print_anywhere(f"leaving out {path}: it is named as test data")
     if not train:
-        raise UserError(f"{entry}: holds no file for training; add one, or rename what is for training")
+        raise UserError(f"{entry}: holds no file for training; add one, or rename it")
     settle(train + val, tokenizer.vocab_size)
     return train, val
 
@@ -184,6 +184,7 @@ def linked_type(train):
 
 
 def refuse_orphan(path):
+    """Raise UserError for an index whose data is missing."""
     owner = path.with_suffix(".bin") if path.suffix == ".idx" else path.with_suffix("")
     if BESIDE.search(path.name) and not owner.exists():
         raise UserError(f"{path}: tells of {owner.name}, which is missing; bring it, or remove this one")
@@ -219,7 +220,7 @@ def check_marks(ids, sources, eot):
     documents = sum(source.documents or 0 for source in sources)
     if marks < 0.99 * documents:
         raise UserError(f"{sources[0].path}: end of text, id {eot}, occurs {marks:,} times in {documents:,} documents; "
-                        "check --tokenizer, or tokenize again with it after each (Megatron: --append-eod)")
+                        "check --tokenizer, or tokenize again with --append-eod")
     if twice > marks / 2:
         raise UserError(f"{sources[0].path}: of {marks:,} ends of text, id {eot}, {twice:,} follow another: rows are "
                         "padded with it; keep their attention_mask beside input_ids, or cut the padding off")
@@ -248,8 +249,6 @@ def link_domain(train, val, folder, tokenizer, dtype, max_val_tokens):
         copy(train, train_path, tokenizer, dtype)
     copy(val, val_path, tokenizer, dtype)
     for path, sources in (train_path, train), (val_path, val):
-        if sources and path.stat().st_size < 2 * dtype.itemsize:
-            raise UserError(f"{sources[0].path}: holds no tokens; add some, or remove it")
         if sources:
             check_marks(np.memmap(path, dtype, mode="r"), sources, eot)
     ids = np.memmap(train_path, dtype, mode="r")
