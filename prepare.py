@@ -49,7 +49,6 @@ from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_tex
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
 SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains; it is tried on a sixteenth
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
-SIDES = ("train", "val")
 
 ROWS = re.compile(r"(?i)\.((jsonl|ndjson|json)(\.(gz|xz|zst))?|parquet)$")
 SUFFIX = re.compile(rf"(?i)\.txt$|{ROWS.pattern[4:]}")
@@ -534,7 +533,7 @@ def write_meta(folder, tokenizer, dtype, domains):
     if tokenizer.file:
         (folder / tokenizer.file[0]).write_bytes(tokenizer.file[1])
     for domain, entry in domains.items():
-        for side in SIDES:
+        for side in "train", "val":
             path = folder / folder_name(domain) / f"{side}.bin"
             entry[f"{side}_sha256"] = sample_sha256(path, entry[f"{side}_tokens"] * dtype.itemsize)
     meta = {"format": DATA_FORMAT, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256,
@@ -554,14 +553,10 @@ def print_table(domains, out_dir):
                    "--out_dir=checkpoints/reference")
 
 
-def input_name(text):
-    return text if text.startswith("hf:") else cli.path(text)
-
-
-def parse_args():
+def main():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("input", metavar="INPUT", type=input_name, help="see above")
+    add("input", metavar="INPUT", type=cli.path, help="see above")
     add("--out_dir", type=cli.path, help="the data set to make (default: data/NAME, after INPUT)")
     add("--text_key", default="text", help="field of a row that holds its text, or dotted path (default: %(default)s)")
     add("--domain_key", help="field of a row that names its domain, or dotted path, such as meta.pile_set_name")
@@ -579,11 +574,6 @@ def parse_args():
     args = parser.parse_args()
     if args.out_dir is None:
         args.out_dir = Path("data", ROWS.sub("", Path(args.input).resolve().name))
-    return args
-
-
-def main():
-    args = parse_args()
     inputs = find_inputs(args.input, args.domain_key)
     skipped = Counter()
 

@@ -181,19 +181,14 @@ def one_mixture(spec, dataset, planned_tokens):
             weights = np.array([float(part) for part in spec.split(",")])
     except ValueError as error:
         raise UserError(f"'{spec}' is no mixture ({error}); expected uniform, token_count, temperature:P, "
-                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8") from None
+                        "unimax:EPOCHS, FILE.json, or numbers in the order of meta.json") from None
     if len(weights) != k:
         raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
                         f"{', '.join(dataset.domains)}")
-    for name, weight in zip(dataset.domains, weights):
-        if not 0 <= weight < np.inf:
-            raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
-    with np.errstate(over="ignore"):
-        total = weights.sum()
-    if not 0 < total < np.inf:
-        raise UserError(f"{spec}: the weights sum to {total}; at least one domain must have a positive weight, "
-                        "and the sum must be finite")
-    return weights / total
+    check_weights(spec, dict(zip(dataset.domains, weights.tolist())))
+    if not weights.any():
+        raise UserError(f"{spec}: the weights sum to 0; at least one domain must have a positive weight")
+    return weights / weights.sum()
 
 
 def weights_from_json(path, dataset):
@@ -215,7 +210,7 @@ def weights_from_json(path, dataset):
 
 
 def check_weights(path, weights):
-    """Raise UserError unless a part of a user's file is {DOMAIN: weight}, with finite weights >= 0."""
+    """Raise UserError unless what a user gave is {DOMAIN: weight}, with finite weights >= 0."""
     if not isinstance(weights, dict):
         raise UserError(f"{path}: {shown(weights, 60)} is no object {{DOMAIN: weight}}")
     for name, weight in weights.items():

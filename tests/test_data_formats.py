@@ -11,16 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 import zstandard
-from conftest import (
-    TEXTS,
-    TINY,
-    prepare_in,
-    read_set,
-    refused,
-    run_here,
-    sides,
-    write_texts,
-)
+from conftest import TEXTS, TINY, prepare_in, read_set, refused, run_here, sides, write_texts
 
 import sampler
 from common.cli import UserError
