@@ -13,9 +13,9 @@ next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/refer
 
 A .bin file holds little-endian token ids; each document begins with the end-of-text token. A hash of its text sends a
 document to train or val. Duplicates therefore never straddle the split, and order, domain and format do not matter.
-Hidden files are no data, and a file counts once, however many links lead to it. Rows without usable text are skipped
-and counted. OUT_DIR appears when everything is written, or not at all. For data that is already tokenized see
-tools/link.py.
+Hidden files are no data, nor is a README or LICENSE beside rows or domains. A file counts once, however many links lead
+to it. Rows without usable text are skipped and counted. OUT_DIR appears when everything is written, or not at all. For
+data that is already tokenized see tools/link.py.
 """
 
 import contextlib
@@ -109,13 +109,9 @@ def mixed_rows(root):
 
 def only_rows(paths):
     """Leave out files that describe the rows they lie beside.  Raises UserError for others that are no rows."""
-    rows = []
-    for path in paths:
-        if ROWS.search(path.name) and not ABOUT.match(path.name):
-            rows.append(path)
-        elif ABOUT.match(path.name):
-            print_anywhere(f"skipping {path}: it describes the data")
-        else:
+    rows = [path for path in paths if not ABOUT.match(path.name)]
+    for path in rows:
+        if not ROWS.search(path.name):
             raise UserError(f"{path}: unknown file type among files of rows, {KINDS[6:]}; {AWAY}")
     return rows
 
@@ -129,16 +125,13 @@ def files_by_domain(root, suffix, beside=None):
     splits = any(TRAINING.search(entry.name) for entry in entries)
     domains, earlier = {}, {}
     for entry in entries:
-        if ABOUT.match(entry.name) and entry.is_file():
-            print_anywhere(f"skipping {entry}: it describes the data")
-            continue
-        if beside and beside.search(entry.name):
+        about = ABOUT.match(entry.name) and entry.is_file()
+        if about or (beside and beside.search(entry.name)):
             continue
         domain = domain_name(entry.name if entry.is_dir() else suffix.sub("", entry.name))
         refuse_look_alike(domain, entry, domains)
         if HELD_OUT.fullmatch(domain) or (splits and HELD_OUT.search(domain)):
-            raise UserError(f"{entry}: is named as held-out text, which would be a domain; put a domain's files into "
-                            "one folder, rename it, or remove it")
+            raise UserError(f"{entry}: is named as held-out text, which would be a domain; rename it, or remove it")
         seen = {}
         paths = sorted(walk(entry, seen), key=str)
         if not paths:
@@ -189,8 +182,7 @@ def visible(folder):
     try:
         entries = [entry for entry in os.scandir(folder) if not HIDDEN.match(entry.name)]
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); expected a folder of domains, or with "
-                        "--domain_key rows") from None
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); see --domain_key for mixed rows") from None
     return [Path(entry.path) for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))]
 
 
@@ -388,8 +380,7 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
                 break
     for each in inputs:
         if each.domain not in names and (each.domain or not names):
-            raise UserError(f"{each.path}: gives no document of text in UTF-8; add some, remove it, or raise "
-                            "--max_bytes")
+            raise UserError(f"{each.path}: gives no text in UTF-8; add some, remove it, or raise --max_bytes")
 
 
 def text_hash(data):

@@ -1,5 +1,6 @@
 """prepare.py: which files of a folder belong to which domain, and what in them is a document."""
 
+import gzip
 import json
 import os
 
@@ -130,7 +131,7 @@ def test_a_file_in_another_encoding_is_skipped_and_counted(tmp_path):
     ("b.jsonl", b"[" * 200_000, ["b.jsonl, line 1"]),
     ("b.jsonl", b'{"text": null}\n', ["b.jsonl, line 1", "NoneType"]),
     ("b.jsonl", b'{"text": "a"}\n' * 1000 + b'{"txt": "a"}\n' * 1000, ["b.jsonl, line 1001", "'text'"]),
-    ("b.jsonl.gz", b'{"text": "a"}\n', ["b.jsonl.gz"]), ("b.jsonl.xz", b"x", ["b.jsonl.xz"]),
+    ("b.jsonl.gz", gzip.compress(str(3**4000).encode())[:99], ["b.jsonl.gz"]), ("b.jsonl.xz", b"x", ["b.jsonl.xz"]),
     ("b.jsonl.zst", b"x", ["b.jsonl.zst"]), ("b.parquet", b"x", ["b.parquet"])])
 def test_files_that_are_refused(tmp_path, name, data, mentions):
     write_texts(tmp_path / "raw/good.jsonl")
