@@ -234,7 +234,7 @@ MASKS = [np.arange(80) <= len(ids) for ids in DOCUMENTS]  # of the document and 
     (lambda folder: bare(folder, "a.bin", np.concatenate(PADDED)), "attention_mask"),
     (lambda folder: rows(folder, "a.parquet", DOCUMENTS), "--append-eod"),
     (lambda folder: rows(folder, "a.parquet", LONE), "--append-eod"),
-    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "none is end of text"),  # pieces of what?
+    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), "is end of text"),  # pieces of what?
     (lambda folder: megatron(folder, "a", documents=DOCUMENTS[9:] + ENDED[:9]), "--append-eod")])
 def test_documents_must_be_marked(tmp_path, write, named):
     (tmp_path / "raw").mkdir()

@@ -98,14 +98,12 @@ def megatron(path, index):
                             f"with {magic}, version {version}, type {code}")
         lengths = np.fromfile(file, "<i4", sequences)
         pointers = np.fromfile(file, "<i8", sequences)
-        borders = np.fromfile(file, "<i8", documents)  # of documents, in sequences
     dtype, ends = np.dtype(MEGATRON[code]), np.append(0, np.cumsum(lengths, dtype=np.int64))
-    if len(borders) < documents or not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
+    if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
         raise UserError(f"{index}: is cut short, or does not list its documents in their order; merge the data again")
     size = path.stat().st_size
     if size != ends[-1] * dtype.itemsize:
-        raise UserError(f"{path}: {size:,} bytes are not {ends[-1]:,} ids of {dtype}; it is cut short, or its index "
-                        "belongs to another file")
+        raise UserError(f"{path}: {size:,} bytes are not the {ends[-1]:,} ids of {dtype} that its index tells of")
     return Source(path, dtype, documents - 1)
 
 
@@ -113,8 +111,7 @@ def datatrove(path, index):
     ends = np.fromfile(index, "<u8")  # of documents, in tokens
     width = path.stat().st_size / max(int(ends[-1:].sum()), 1)
     if width not in (2, 4):
-        raise UserError(f"{path}: its index tells of ids of {width:g} bytes, not 2 or 4; it is cut short, or its index "
-                        "belongs to another file")
+        raise UserError(f"{path}: is cut short: its index tells of ids of {width:g} bytes, not 2 or 4")
     return Source(path, np.dtype(f"<u{width:.0f}"), len(ends))
 
 
@@ -257,8 +254,8 @@ def link_domain(train, val, folder, tokenizer, dtype, max_val_tokens):
         tail = end - max(1, min(max_val_tokens, end // 20))
         begins = np.flatnonzero(ids[tail:-1] == eot)
         if not len(begins):
-            raise UserError(f"{train[-1].path}: no document begins in its last {end - tail:,} tokens: none is "
-                            f"end of text, id {eot}; check --tokenizer, give more data, or raise --max_val_tokens")
+            raise UserError(f"{train[-1].path}: none of its last {end - tail:,} tokens is end of text, id {eot}; check "
+                            "--tokenizer, give more data, or raise --max_val_tokens")
         end = tail + int(begins[0])
         ids[end:].tofile(val_path)
     held_out = np.memmap(val_path, dtype, mode="r")
