@@ -48,6 +48,7 @@ from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_tex
 
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
 SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains; it is tried on a sixteenth
+MEASURED = 4 << 20  # bytes of a file of rows from which the size of all its text is estimated
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
 
 ROWS = re.compile(r"(?i)\.((jsonl|ndjson|json)(\.(gz|xz|zst))?|parquet)$")
@@ -215,7 +216,7 @@ def read_rows(each, text_key, domain_key, skipped):
     Raises UserError where these are a thousand and half of the rows so far, or half of the file's rows.
     """
     good, bad, fault = 0, 0, None
-    for place, row in find_rows(each.path, [key for key in (text_key, domain_key) if key]):
+    for place, row, _ in find_rows(each.path, [key for key in (text_key, domain_key) if key]):
         try:
             data = value_at(row, text_key).encode()
             domain = each.domain or domain_name(value_at(row, domain_key))
@@ -253,7 +254,10 @@ def read_texts(each, text_key, skipped):
 
 
 def find_rows(path, keys):
-    """Yield (place, row): where a row is, for messages, and its JSON.  Raises UserError for a damaged file."""
+    """Yield (place, row, done): where a row is, for messages; its JSON; the part of the file that was read, 0 to 1.
+
+    Raises UserError for a damaged file.
+    """
     place = path
     try:
         if str(path).startswith("hf:"):
@@ -262,22 +266,24 @@ def find_rows(path, keys):
             rows = parquet_rows(path, keys)
         else:
             rows = json_rows(path)
-        for place, row in rows:
-            yield place, row
+        for place, row, done in rows:
+            yield place, row, done
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{place}: cannot be read further: {getattr(error, 'strerror', None) or error}") from None
 
 
 def json_rows(path):
-    open_lines = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}.get(path.suffix.lower(), open)
-    with open_lines(path, "rb") as file:
-        for number, row in parse_lines(file):
-            yield f"{path}, line {number}", row
+    """Of JSON lines, compressed or not; done by the bytes of the file that were read."""
+    open_lines = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}.get(path.suffix.lower(), io.BufferedReader)
+    size = path.stat().st_size
+    with open(path, "rb") as raw:
+        for number, row in parse_lines(open_lines(raw)):
+            yield f"{path}, line {number}", row, raw.tell() / size
 
 
-def open_zst(path, _):
+def open_zst(raw):
     """pyarrow reads every frame, and notices a missing end."""
-    return io.BufferedReader(optional("pyarrow", path).input_stream(str(path), compression="zstd"), 1 << 20)
+    return io.BufferedReader(optional("pyarrow", raw.name).CompressedInputStream(raw, "zstd"), 1 << 20)
 
 
 def parquet_rows(path, keys):
@@ -285,7 +291,7 @@ def parquet_rows(path, keys):
     columns = [name for name in file.schema_arrow.names if any(f"{key}.".startswith(f"{name}.") for key in keys)]
     rows = (row for batch in file.iter_batches(256, columns=columns) for row in batch.to_pylist())
     for number, row in enumerate(rows, 1):
-        yield f"{path}, row {number}", row
+        yield f"{path}, row {number}", row, number / file.metadata.num_rows
 
 
 def hub_rows(source):
@@ -297,7 +303,7 @@ def hub_rows(source):
     try:
         rows = load_dataset(parts[0], config, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield f"{source}, row {number}", row
+            yield f"{source}, row {number}", row, 0.0
     except Exception as error:  # what fails here is the network, the name or the data
         raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
 
@@ -342,13 +348,26 @@ def read_pieces(path):
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def share_out(inputs, max_bytes):
-    """Return the bytes to take of each Input, in proportion to the sizes of the files."""
+def text_size(each, text_key):
+    """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
+    size, total = each.path.stat().st_size, 0
+    if each.kind != "rows":
+        return size
+    for _, row, done in find_rows(each.path, [text_key]):
+        with contextlib.suppress(ValueError):
+            total += len(value_at(row, text_key).encode())
+        if done * size >= MEASURED:
+            return total / done
+    return total
+
+
+def share_out(inputs, text_key, max_bytes):
+    """Return the bytes to take of each Input, in proportion to their text."""
     if not max_bytes:
         return [np.inf] * len(inputs)
     if len(inputs) == 1:
         return [max_bytes]
-    sizes = [each.path.stat().st_size for each in inputs]
+    sizes = [text_size(each, text_key) for each in inputs]
     return [max_bytes * size / max(sum(sizes), 1) for size in sizes]
 
 
@@ -552,7 +571,7 @@ def main():
     add("--text_key", default="text", help="field of a row that holds its text, or dotted path (default: %(default)s)")
     add("--domain_key", help="field of a row that names its domain, or dotted path, such as meta.pile_set_name")
     add("--max_bytes", type=cli.positive, help="bytes of text to take in all, from the beginning of each file, in "
-        "proportion to the sizes of the files (default: all)")
+        "proportion to their text (default: all)")
     add("--val_fraction", type=cli.fraction, default=0.05, help="share of documents held out (default: %(default)s)")
     add("--max_val_tokens", type=cli.positive, default=10_000_000, help="tokens that a domain holds out at most: its "
         "fraction is halved until it does (default: %(default)s)")
@@ -569,7 +588,7 @@ def main():
     skipped = Counter()
 
     with staged(args.out_dir) as folder:
-        shares = share_out(inputs, args.max_bytes)
+        shares = share_out(inputs, args.text_key, args.max_bytes)
 
         def documents(doing):
             skipped.clear()

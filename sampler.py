@@ -7,6 +7,7 @@ This file knows nothing of models.
 Dimensions: K domains, B sequences of the global batch, T tokens of a window (block_size).
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -89,6 +90,7 @@ def load_dataset(directory, block_size):
     if meta.get("format") != DATA_FORMAT:
         raise UserError(f"{path} is of format {meta.get('format')}, not {DATA_FORMAT}; prepare the data set again")
     dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+    allow_open_files(2 * len(meta["domains"]) + 100)  # every map holds one
     splits = {"train": [], "val": []}
     for name, counts in meta["domains"].items():
         for split, windows in splits.items():
@@ -99,6 +101,17 @@ def load_dataset(directory, block_size):
             if sample_sha256(file, n_tokens * dtype.itemsize) != counts[f"{split}_sha256"]:
                 raise UserError(f"{file} holds other tokens than meta.json describes; prepare the data set again")
     return Dataset(str(directory), meta, block_size, tuple(meta["domains"]), *map(tuple, splits.values()))
+
+
+def allow_open_files(n):
+    """Raise this process's limit of open files to n, as far as the system lets it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has neither the module nor the limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def map_windows(path, size, n_tokens, dtype, block_size):

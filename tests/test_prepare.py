@@ -4,6 +4,8 @@ import hashlib
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import EOT, TEXTS, contents, prepare_in, prose, read_set, refused, sides, write_rows, write_texts
 
@@ -92,17 +94,33 @@ def test_domain_key(tmp_path):
 
 
 def test_max_bytes_keeps_proportions(tmp_path):
-    """Of the sizes of the files: 60, 240 and 60 texts of equal length; a domain's files count together."""
+    """Of the text, whatever the format, the compression and the other fields of a row."""
     texts = [prose(200, number) for number in range(360)]
+    rows = [{"text": text, "other": "x" * 5000} for text in texts]
     write_texts(tmp_path / "raw/a.jsonl", texts[:60])
-    write_texts(tmp_path / "raw/b/0.jsonl", texts[60:120])
-    write_texts(tmp_path / "raw/b/1.jsonl", texts[120:300])
-    (tmp_path / "raw/c.txt").write_text(EOT.join(texts[300:]))
+    write_rows(tmp_path / "raw/b.jsonl.gz", rows[:240])
+    pq.write_table(pa.Table.from_pylist(rows[:120]), tmp_path / "raw/c0.parquet")
+    write_rows(tmp_path / "raw/c/0.jsonl.xz", rows[120:240])
+    write_rows(tmp_path / "raw/c/1.json", rows[:60])
+    (tmp_path / "raw/d.txt").write_text(EOT.join(texts[:60]))
     prepare_in(tmp_path, "raw --tokenizer=bytes --max_bytes=200_000 --val_fraction=0.3")
     domains = read_set(tmp_path / "data/raw")[0]["domains"]
     size = {name: entry["train_bytes"] + entry["val_bytes"] for name, entry in domains.items()}
     assert 200_000 <= sum(size.values()) < 202_000  # at most one document too many
-    assert size == pytest.approx({"a": 200_000 / 6, "b": 400_000 / 3, "c": 200_000 / 6}, rel=0.1)
+    parts = {"a": 60, "b": 240, "c": 180, "c0": 120, "d": 60}
+    assert size == pytest.approx({name: 200_000 * part / 660 for name, part in parts.items()}, abs=2000)
+
+
+def test_max_bytes_estimates_large_files(tmp_path, monkeypatch):
+    """The text of a large file is estimated from its beginning: here from a tenth, to a tenth."""
+    monkeypatch.setattr("prepare.MEASURED", 200_000)
+    texts = [prose(200, number) for number in range(2000)]
+    write_texts(tmp_path / "a.jsonl", texts)
+    write_texts(tmp_path / "a.jsonl.gz", texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for path in tmp_path.iterdir():
+        found = prepare.text_size(prepare.Input(path, "a", "rows"), "text")
+        assert found == pytest.approx(sum(map(len, texts)), rel=0.1) and found != sum(map(len, texts))
 
 
 def test_max_val_tokens(tmp_path):
