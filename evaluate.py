@@ -479,7 +479,7 @@ def main(argv=None):
         notes.append(f"scored in {' and '.join(sorted(dtypes))}, which agrees with float32 to {AGREE} nats per token")
     for each in shown:
         compare.print_table(groups, each, compare.change_table(groups, each), compare.verdicts(groups, each))
-    if len(groups) > 1 and jobs[0].kind == "domains":
+    if len(groups) > 1 and jobs[0].kind == "domains" and not args.data_dir:
         notes.append("compare.py's losses are on fewer windows, those of training, and per token: where changes are "
                      "small, its verdict may be another")
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):
