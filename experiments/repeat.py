@@ -1,6 +1,9 @@
 """When data repeat: large models on the demo's corpus, cut by cut.py to 1, 1/4 and 1/16 of the budget of tokens.
 
     python -m experiments.repeat [FIGURE.png]     from experiments/results alone
+
+The runs: python -m experiments.cut data/demo data/demo-4 819200; then profit.sh with the mixtures below, and for DoReMi
+theory.sh with 1,600 steps, both on data/demo-4.
 """
 
 import itertools
