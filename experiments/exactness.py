@@ -135,7 +135,7 @@ def main():
               f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
     setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
     write_atomically(Path(args.out), lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
-    cli.print_anywhere(f"written: {args.out}")
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

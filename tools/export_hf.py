@@ -135,7 +135,7 @@ def main(argv=None):
             (folder / name).write_text(json.dumps(values, indent=2) + "\n")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         save_parameters(llama_parameters(model), folder / "model.safetensors")
-    cli.print_anywhere(f"written: {args.out_dir}, {config['n_params']:,} parameters")
+    print(f"written: {args.out_dir}, {config['n_params']:,} parameters")
 
 
 if __name__ == "__main__":

@@ -179,13 +179,13 @@ def main(argv=None):
     if args.out:
         write_mixture(Path(args.out), dataset, title, weights, new)
     if args.trainer:
-        cli.print_anywhere(trainer_words(args.trainer, dataset, weights))
+        print(trainer_words(args.trainer, dataset, weights))
     else:
-        cli.print_anywhere("\n".join(mixture_table(dataset, mixtures, args.tokens)))
+        print("\n".join(mixture_table(dataset, mixtures, args.tokens)))
         if args.tokens:
             notes.append(f"! marks domains that are repeated more than {MANY_EPOCHS} times")
     for note in notes:
-        cli.print_anywhere(cli.escaped(f"note: {note}"), sys.stderr)
+        print(cli.escaped(f"note: {note}"), sys.stderr)
 
 
 if __name__ == "__main__":
