@@ -10,7 +10,7 @@ import torch
 from conftest import finished_run, printed, refused
 
 from common import figures
-from compare import draw_logged, logged_loss, read_curves, read_groups, tokens_to_reach
+from compare import read_groups, tokens_to_reach
 
 DOMAINS = ["books", "code", "web"]
 BASELINE = [[4.0, 3.0, 5.0], [3.5, 2.5, 4.5], [3.0, 2.0, 4.0], [2.0, 1.5, 3.1]]  # means 4, 3.5, 3, 2.2
@@ -69,16 +69,11 @@ def test_table(runs):
 def test_speed_up(tmp_path, runs):
     tie = large_run(tmp_path / "tie", [BASELINE[0], BASELINE[3], BASELINE[2], BASELINE[3]], [0.4, 0.3, 0.3])
     half_batch = large_run(tmp_path / "half", FASTER, tokens_per_step=16)
-    # At the very value counts as reached; tokens count, not steps; that baseline had its last loss at step 200, too
-    for baseline, other, expected in ((runs[0], tie, "2.00x"), (runs[0], half_batch, "4.04x"), (tie, runs[1], "1.01x")):
-        assert compared(baseline, other)[1]["speed-up"] == ["in", "tokens", expected]
-
-
-def test_tokens_to_reach_a_loss():
+    _, rows = compared(runs[0], tie, half_batch)  # at the very value counts as reached; tokens count, not steps
+    assert rows["speed-up"] == ["in", "tokens", "2.00x", "4.04x"]
     tokens, loss = np.array([100, 200, 300]), np.array([5.0, 4.0, 3.0])
     assert tokens_to_reach(tokens, loss, 3.5) == pytest.approx(250)
-    assert tokens_to_reach(tokens, loss, 5.5) == 100
-    assert np.isnan(tokens_to_reach(tokens, loss, 2.9))
+    assert tokens_to_reach(tokens, loss, 5.5) == 100 and np.isnan(tokens_to_reach(tokens, loss, 2.9))
 
 
 def test_domains_are_matched_by_name_and_other_sizes_noted(tmp_path, runs):
@@ -107,7 +102,6 @@ def test_other_seeds_are_not_paired(tmp_path):
     said, rows = compared(*paths)
     assert rows["books"][2:] == ["+0.1000", "±0.7071"]  # 0.4 - 0.3; sqrt(0.6**2 / 2 + 0.8**2 / 2)
     assert "doremi has seeds [3, 4], baseline has [1, 2]: not paired" in said
-    assert compared(paths[0], *paths[2:])[1]["books"][-1] == "±0.5657"  # one seed has no deviation: 0.8 / sqrt(2)
 
 
 def test_groups_are_named_by_their_mixture(tmp_path):
@@ -119,24 +113,13 @@ def test_groups_are_named_by_their_mixture(tmp_path):
     assert [group.name for group in read_groups([named[3], twin])] == ["run3", "twin"]
 
 
-def test_many_runs_with_long_names_are_told_apart(tmp_path):
-    """The legend lies beside the curves, within the picture; matplotlib leaves out labels that begin with _."""
-    runs = [large_run(tmp_path / f"_{'x' * 40}${i:02}${'y' * 40}", shifted(BASELINE, i / 9), [i + 1, 2, 3])
-            for i in range(25)]
-    groups = read_groups(runs)
-    curves, _ = read_curves(groups)
-    with figures.style():
-        figure = draw_logged(groups, curves, logged_loss(groups, curves))
-        figure.draw_without_rendering()
-    legend, = figure.legends
-    assert len({text.get_text() for text in legend.get_texts()}) == 25
-    box = legend.get_window_extent()
-    assert all(axes.get_window_extent().x1 < box.x0 for axes in figure.axes)
-    assert box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+def test_long_names_stay_different():
+    names = figures.short([f"_{'x' * 40}${i:02}${'y' * 40}" for i in range(25)])
+    assert len(set(names)) == 25 and max(map(len, names)) < 40
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("domains", {"domains": ["books", "code", "news"]}), ("eval_windows", {"flags": {"eval_windows": 5}}),
+    ("domains", {"domains": ["books", "code", "news"]}),
     ("tokenizer_sha256", {"data": {"tokenizer_sha256": "cd" * 32}}), ("step 300 of 400", {"losses": FASTER[:3]}),
     ("train_tokens", {"data": {"train_tokens": {"books": 500, "code": 400, "web": 299}}}),
     ("block_size", {"model": {"block_size": 16}}),
@@ -151,14 +134,12 @@ def test_the_windows_are_those_of_the_metrics(tmp_path, runs):
     metrics = runs[1] / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"eval_windows": 0', '"eval_windows": 5'))
     refused(tmp_path, ["eval_windows", str(runs[1])], "compare.py", runs[0], runs[1])
+    metrics.unlink()
+    refused(tmp_path, [str(metrics)], "compare.py", runs[0], runs[1])
 
 
 def test_damaged_and_repeated_runs_are_refused(tmp_path, runs):
     refused(tmp_path, ["nowhere/config.json"], "compare.py", runs[0], tmp_path / "nowhere")
-    other = shutil.copytree(runs[0], tmp_path / "other")
-    shutil.copy(runs[1] / "config.json", other)
-    refused(tmp_path, [f"{other}/ckpt.pt", "two runs"], "compare.py", runs[0], other)
     refused(tmp_path, ["seed twice"], "compare.py", *runs, large_run(tmp_path / "same", FASTER))
-    metrics = runs[1] / "metrics.jsonl"
-    metrics.write_text(metrics.read_text() + '{"step": 500, "lo')
-    refused(tmp_path, ["faster"], "compare.py", *runs)
+    shutil.copy(runs[1] / "config.json", runs[2])
+    refused(tmp_path, [f"{runs[2]}/ckpt.pt", "two runs"], "compare.py", runs[0], runs[2])
