@@ -24,6 +24,7 @@ from common.run import check_same, identity, load_finished, read_metrics
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the losses
+SAME = "losses compare on the same held-out tokens only"
 
 
 # ---- the mathematics ----
@@ -114,15 +115,12 @@ class Curve:
 
 
 def read_curves(groups):
-    """Return the Curve of each group, and the number of windows of each domain that its losses are of.
-
-    Raises UserError unless all runs were evaluated on the same held-out tokens.
-    """
+    """Return the Curve of each group, and of how many windows of each domain.  Raises UserError if that differs."""
     held_out = []
     for group in groups:
         found = group.config["data"] | {"data_dir": None, "tokenizer": None, "domains": sorted(group.config["domains"])}
         held_out.append(found | {"block_size": group.config["model"]["block_size"]})
-    check_same([group.paths[0] for group in groups], held_out, "losses compare on the same held-out tokens only")
+    check_same([group.paths[0] for group in groups], held_out, SAME)
     domains, tokens = groups[0].config["domains"], groups[0].config["data"]["train_tokens"]
     share = np.array([tokens[name] for name in domains]) / sum(tokens.values())
     curves, windows = [], {}
@@ -134,8 +132,7 @@ def read_curves(groups):
         step = np.array(sorted(set.intersection(*map(set, losses))))
         loss = with_summaries(np.array([[found[t] for t in step] for found in losses]), share)
         curves.append(Curve(step, step * group.tokens_per_step(), loss))
-    check_same(list(windows), [{"eval_windows": found} for found in windows.values()],
-               "losses compare on the same held-out tokens only")
+    check_same(list(windows), [{"eval_windows": found} for found in windows.values()], SAME)
     return curves, windows[groups[0].paths[0]][-1]
 
 
@@ -199,8 +196,8 @@ def verdicts(groups, measure):
     return lines
 
 
-def change_table(groups, measure):
-    """Columns of text: the baseline's values, then each other group's change, with * where it is lower."""
+def print_table(groups, measure, lines):
+    """The baseline's values, then each other group's change, with * where it is lower; then these lines."""
     several = any(len(group.seeds) > 1 for group in groups)
     heading = " ±     sd" if several else ""
     column = [groups[0].name, measure.heading + heading]
@@ -212,7 +209,8 @@ def change_table(groups, measure):
         for m, s in zip(mean, sd):
             column.append(f"{m:+.4f}{'*' if m < 0 else ' '}" + f" ±{s:.4f}" * several)
         columns.append(column)
-    return columns
+    versus = ", and its change from the baseline; * is lower" if len(groups) > 1 else ""
+    print("\n".join([measure.title + versus, "", *cli.align(columns), "", *lines, ""]))
 
 
 def size_notes(groups):
@@ -226,11 +224,6 @@ def size_notes(groups):
         if group.seeds != baseline.seeds:
             notes.append(f"{group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
     return notes
-
-
-def print_table(groups, measure, columns, lines):
-    versus = ", and its change from the baseline; * is lower" if len(groups) > 1 else ""
-    print("\n".join([measure.title + versus, "", *cli.align(columns), "", *lines, ""]))
 
 
 def setting(groups):
@@ -325,20 +318,17 @@ def main(argv=None):
         raise UserError(f"{args.runs[0]}: only one experiment is given; give a baseline and at least one other run")
     curves, windows = read_curves(groups)
     measure = logged_loss(groups, curves)
-    columns, lines = change_table(groups, measure), verdicts(groups, measure)
-    columns[0] += ["domains better", "speed-up in tokens"]
-    columns[1] += ["", ""]
-    for i, (mean, _) in enumerate(changes(groups, measure)):
-        speed = speed_up(curves[1 + i], curves[0])
-        columns[2 + i] += [f"{(mean[: measure.parts] < 0).sum()} of {measure.parts}", speed]
-        lines[i] += f", token-weighted {mean[WEIGHTED]:+.3f}, speed-up {speed}"
-    measured_on = (f"{windows:,} windows of each domain's held-out text" if windows else "all held-out text") \
-        + ", as logged in training"
+    lines = []
+    for curve, line, (mean, _) in zip(curves[1:], verdicts(groups, measure), changes(groups, measure)):
+        speed = speed_up(curve, curves[0])
+        lines.append(f"{line}, token-weighted {mean[WEIGHTED]:+.3f}, speed-up {speed}")
+    measured_on = f"{windows:,} windows of each domain's held-out text" if windows else "all held-out text"
+    measured_on += ", as logged in training"
 
     path = Path(args.out_dir or args.runs[-1]) / "compare.png"
     with figures.style():
         figures.save(draw_logged(groups, curves, measure), lines[-1], f"{setting(groups)}; {measured_on}", path)
-    print_table(groups, measure, columns, lines)
+    print_table(groups, measure, lines)
     for note in [*size_notes(groups), f"these losses are on {measured_on}; evaluate.py scores more windows, per byte"]:
         print(f"note: {note}")
     print(f"written: {path}")

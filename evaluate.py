@@ -400,7 +400,7 @@ def main(argv=None):
         with figures.style():
             figures.save(draw_scores(groups, shown), finding, compare.setting(groups), path)
     for each in shown:
-        compare.print_table(groups, each, compare.change_table(groups, each), compare.verdicts(groups, each))
+        compare.print_table(groups, each, compare.verdicts(groups, each))
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):
         print(line)
     print("written: " + ", ".join(map(str, folders.values())))

@@ -13,7 +13,7 @@ from conftest import contents, edit, printed, prose, refused, rehash, run_here, 
 
 from common.cli import UserError
 from common.run import load_finished
-from common.tokenizer import SPAN, from_merges
+from common.tokenizer import SPAN, from_merges, load_tokenizer
 from evaluate import accuracy, bits_per_byte, chance, encode_items, read_task, read_task_file
 from model import Transformer
 from sampler import load_dataset
@@ -173,30 +173,17 @@ def sentencepiece_like(path):
 
 
 def test_context_and_answer_are_encoded_together(tmp_path):
-    """Right: what the model gives the answer's tokens within the whole text, as lm-eval counts.
-
-    Where the context ends within a token, the whole of that token counts.
-    """
+    """Scored are the answer's tokens within the whole text, as in lm-eval, and a token across the context's end."""
     made = sentencepiece_like(tmp_path / "words.json")
-    words = ["a river stone light", "a stone river", "light a stone", "river light stone a"]
-    write_texts(tmp_path / "texts/all.jsonl", [" ".join(words[i % 4] for i in range(n, n + 5)) for n in range(60)])
-    run_here("prepare.py", tmp_path / "texts", f"--out_dir={tmp_path / 'data'}", "--val_fraction=0.3",
-             f"--tokenizer={tmp_path / 'words.json'}")
-    run_here("train_reference.py", f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}",
-             "--max_steps=60", *FLAGS)
-    cases = [("a river", " stone light", 2), ("a river ", "stone light", 2), ("a river st", "one", 2), ("", "river", 0)]
-    rows = [{"context": context, "answer": answer} for context, answer, _ in cases]
-    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_here("evaluate.py", tmp_path / "run", f"--task_file={tmp_path / 'task.jsonl'}")
-    expected = []
-    for context, answer, n in cases:
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"), "</s>")
+    for context, answer, n in (("a river", " stone light", 2), ("a river ", "stone light", 2), ("a river st", "one", 2),
+                               ("", "river", 0)):
         ids = made.encode(context + answer).ids
-        assert made.encode(context).ids[:n] == ids[:n]
-        expected.append(bits_by_hand(tmp_path / "run", [[0, *ids]])[0][n:].sum())
-    assert scores(tmp_path / "run", "tasks", "task")["task"]["bits"] == pytest.approx(expected, rel=1e-6)
-    (tmp_path / "task.jsonl").write_text('{"context": "a river", "answer": "7"}\n')  # not in the vocabulary
-    refused(tmp_path, ["task", "no token for the answer '7'"], "evaluate.py", tmp_path / "run",
-            f"--task_file={tmp_path / 'task.jsonl'}")
+        assert made.encode(context).ids[:n] == ids[:n] and len(ids) > n
+        task = encode_items([[(context, answer, True)]], tokenizer, T, "task")
+        assert task.windows == [([0, *ids], len(ids) - n)]
+    with pytest.raises(UserError, match="no token for the answer '7'"):  # it is not in the vocabulary
+        encode_items([[("a river", "7", True)]], tokenizer, T, "task")
 
 
 @pytest.mark.parametrize("line", [
@@ -212,12 +199,9 @@ def test_what_cannot_be_evaluated(place, tmp_path):
     run, other = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "other"))
     edit(other / "meta.json", lambda meta: meta.update(tokenizer_sha256="0" * 64))
     refused(place, [str(place / "b"), "tokenizer"], "evaluate.py", place / "b", f"--data_dir={other}")
-    refused(place, ["nowhere.jsonl"], "evaluate.py", place / "b", "--task_file=nowhere.jsonl")
     shutil.rmtree(run / "evaluation", ignore_errors=True)
     (run / "evaluation").symlink_to(tmp_path / "unmounted")
     refused(tmp_path, ["evaluation", "could not be written"], "evaluate.py", run)
-    edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
-    refused(place, ["unfinished (4 of 99 steps)"], "evaluate.py", place / "b", run)
 
 
 def test_a_context_longer_than_what_is_encoded_at_once():
