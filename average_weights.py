@@ -20,8 +20,7 @@ from common.cli import UserError
 from common.files import write_atomically
 from common.run import check_same, identity, load_finished
 
-# Above these a run is too short: total variation between its halves (ours: 0.42 or more at 400 steps, 0.18 or less at
-# 6,400), and mean total variation of its alpha from their average (0.5 at 300 steps, 0.3 at 3,000).
+# Above these a run is too short. Ours: 0.42 or more at 400 steps, 0.18 or less at 6,400; 0.5 at 300, 0.3 at 3,000
 HALVES, WANDER = 0.3, 0.4
 
 # ---- the mathematics ----

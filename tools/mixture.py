@@ -42,9 +42,6 @@ TRAINERS = {
 }
 
 
-# ---- the arithmetic ----
-
-
 def moved(answer, old, new):
     """Move an answer onto new reference weights: proportional to new * answer / old.  (K,) each.
 
@@ -74,18 +71,15 @@ def move_file(path, dataset, new):
                    np.array([old.get(name, np.nan) for name in dataset.domains]) / sum(old.values()), new)
     kept = [name for name in dataset.domains if not old.get(name)]
     dropped = sorted(old.keys() - set(dataset.domains))
-    notes = []
-    if kept:
-        notes.append(f"{', '.join(kept)}: not in the old reference, so with the new reference weight")
-    if dropped:
-        notes.append(f"{', '.join(dropped)}: not in this data set, so dropped")
+    notes = [f"{name}: not in the old reference, so with the new reference weight" for name in kept]
+    notes += [f"{name}: not in this data set, so dropped" for name in dropped]
     if provenance.get("tokenizer_sha256") != dataset.meta["tokenizer_sha256"]:
         notes.append(f"{dataset.directory} has another tokenizer than the run of {path}; its tilt may be another, too")
     return result, notes
 
 
 def write_mixture(path, dataset, title, weights, reference_weights):
-    """Write what --sampling_weights reads.  reference_weights: (K,) of a moved answer, so it can be moved again."""
+    """reference_weights: (K,) of a moved answer, so it can be moved again."""
     if path.exists():
         raise UserError(f"--out={path}: exists already; delete it, or choose another name")
     provenance = {"tokenizer": dataset.meta["tokenizer"], "tokenizer_sha256": dataset.meta["tokenizer_sha256"],
@@ -94,9 +88,6 @@ def write_mixture(path, dataset, title, weights, reference_weights):
         provenance["reference_weights"] = dict(zip(dataset.domains, reference_weights.tolist()))
     content = {"domain_weights": dict(zip(dataset.domains, weights.tolist())), "provenance": provenance}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
-
-
-# ---- what it prints ----
 
 
 def mixture_table(dataset, mixtures, planned_tokens):
@@ -138,15 +129,11 @@ def token_path(dataset, name):
     return str(path.resolve().with_suffix("")) if path.is_symlink() else name
 
 
-# ---- the script ----
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     add("data_dir", metavar="DATA", type=cli.path, help="a data set of prepare.py or tools.link")
-    add("mixtures", metavar="SPEC", nargs="+", help="as --sampling_weights takes it: uniform, token_count, "
-        "temperature:P, unimax:EPOCHS, FILE.json, numbers, or several of these joined by +")
+    add("mixtures", metavar="SPEC", nargs="+", help="as --sampling_weights takes it")
     add("--tokens", type=cli.non_negative, help="of the run, such as 3.67e10: adds tokens, and epochs with ! above 4")
     add("--onto", metavar="WEIGHTS", help="move the answer SPEC, a weights.json, onto these reference weights")
     add("--out", metavar="FILE.json", type=cli.path, help="write the mixture")
