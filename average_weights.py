@@ -85,9 +85,8 @@ def read_answer(runs):
     tokens = np.array([config["data"]["train_tokens"][name] for name in domains], dtype=np.float64)
     reference_weights = np.array([config["reference"]["sampling_weights"][name] for name in domains])
     by_seed = np.stack([running_average(alpha)[-1] for alpha in alphas])
-    seeds = [each["flags"]["seed"] for each in configs]
-    return config, Answer(domains, seeds, np.stack(alphas), tokens / tokens.sum(), reference_weights, by_seed,
-                          by_seed.mean(axis=0))
+    return config, Answer(domains, [each["flags"]["seed"] for each in configs], np.stack(alphas), tokens / tokens.sum(),
+                          reference_weights, by_seed, by_seed.mean(axis=0))
 
 
 # ---- what it writes, prints and draws ----
@@ -187,13 +186,9 @@ def draw_moves(axes, answer, ranking, shades):
                    loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
-# ---- the script ----
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=cli.path, metavar="RUN",
-                        help="directory of a proxy run; several: seeds of one experiment")
+    parser.add_argument("runs", nargs="+", type=cli.path, metavar="RUN", help="proxy runs: seeds of one experiment")
     parser.add_argument("--out_dir", type=cli.path, help="where the files go (default: the first run's directory)")
     args = parser.parse_args(argv)
     config, answer = read_answer(args.runs)

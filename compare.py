@@ -166,12 +166,6 @@ class Measure:
     place: str = ""  # " on" a data set
 
 
-def logged_loss(groups, curves):
-    domains = groups[0].config["domains"]
-    return Measure("last held-out loss in nats per token", "loss", "nats", "domains", [*domains, *SUMMARIES],
-                   [curve.loss[:, -1] for curve in curves], len(domains))
-
-
 def speed_up(curve, baseline):
     """Tokens that the baseline takes to its last loss, over those of the other; of the mean over domains and seeds."""
     target = baseline.loss[:, -1, MEAN].mean()
@@ -271,9 +265,8 @@ def draw_curves(axes, curves, column):
         handles += axes.plot(curve.step, mean, markevery=[-1], **look)
         if i > 0 and len(curves) < 8 and not np.isnan(passed):
             axes.axvline(passed, ymax=0.07 * i, color=look["color"])
-            place = passed, 0.07 * i - 0.05  # one above the other, where steps are close
-            axes.annotate(f"{passed:.0f} ", place, xycoords=("data", "axes fraction"), ha="right", fontsize=8,
-                          color=look["color"])
+            axes.text(passed, 0.07 * i - 0.05, f"{passed:.0f} ", transform=axes.get_xaxis_transform(), ha="right",
+                      fontsize=8, color=look["color"])  # one above the other, where steps are close
     top = max(mean[np.searchsorted(curve.step, curve.step[-1] / 4)] for curve, mean in zip(curves, means))
     low = min(map(np.min, means))
     axes.set(xlim=(0, None), ylim=(low - 0.35 * max(top - low, 1e-3), top),  # the steep start is above the top
@@ -304,9 +297,6 @@ def height(groups, measure):
     return 1.5 + max(3.5, measure.parts * max(0.24, 0.07 * (len(groups) - 1)), 0.2 * len(groups))
 
 
-# ---- the script ----
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
@@ -317,7 +307,9 @@ def main(argv=None):
     if len(groups) < 2:
         raise UserError(f"{args.runs[0]}: only one experiment is given; give a baseline and at least one other run")
     curves, windows = read_curves(groups)
-    measure = logged_loss(groups, curves)
+    domains = groups[0].config["domains"]
+    measure = Measure("last held-out loss in nats per token", "loss", "nats", "domains", [*domains, *SUMMARIES],
+                      [curve.loss[:, -1] for curve in curves], len(domains))
     lines = []
     for curve, line, (mean, _) in zip(curves[1:], verdicts(groups, measure), changes(groups, measure)):
         speed = speed_up(curve, curves[0])

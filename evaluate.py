@@ -353,9 +353,6 @@ def draw_scores(groups, measures):
     return figure
 
 
-# ---- the script ----
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument

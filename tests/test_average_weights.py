@@ -16,18 +16,16 @@ DOMAINS = ["books", "code", "web"]
 GOOD = [0.2, 0.3, 0.5]
 
 
-def proxy_run(path, alpha, seed=1, step=None, flags=None, reference=None, drawn=(1, 1, 1), **changes):
+def proxy_run(path, alpha, seed=1, flags=None, reference=None, drawn=(1, 1, 1), **changes):
     """A finished proxy run's directory with the history alpha, T rows of K weights; changes are made to its config."""
     config = {
         "stage": "proxy", "n_params": 5000, "domains": DOMAINS, "sampling_weights": dict.fromkeys(DOMAINS, 1 / 3),
-        "model": {"block_size": 8}, "data": {
-            "data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab" * 32, "sample_sha256": "ef",
-            "vocab_size": 300, "train_tokens": {"books": 600, "code": 300, "web": 100}},
-        "flags": {"max_steps": len(alpha), "batch_size": 4, "eval_windows": 4, "step_size": 1.0, "smoothing": 1e-3,
-                  "learning_rate": 1e-3, "dtype": "float32", "seed": seed, "out_dir": str(path), **(flags or {})},
-        "reference": {"out_dir": "checkpoints/reference", "sampling_weights": {"web": 0.2, "books": 0.5, "code": 0.3},
-                      "seed": 7, "max_steps": 20, "batch_size": 6, "fingerprint": "cd" * 32, **(reference or {})}}
-    return finished_run(path, config | changes, step or len(alpha), sampler={"step": len(alpha), "drawn": list(drawn)},
+        "model": {"block_size": 8}, "data": {"data_dir": "data/toy", "tokenizer": "bytes", "tokenizer_sha256": "ab",
+                                             "train_tokens": {"books": 600, "code": 300, "web": 100}},
+        "flags": {"max_steps": len(alpha), "batch_size": 4, "step_size": 1.0, "seed": seed, **(flags or {})},
+        "reference": {"sampling_weights": {"web": 0.2, "books": 0.5, "code": 0.3}, "seed": 7, "max_steps": 20,
+                      "fingerprint": "cd" * 32, **(reference or {})}}
+    return finished_run(path, config | changes, len(alpha), sampler={"step": len(alpha), "drawn": list(drawn)},
                         alpha_history=torch.tensor(alpha, dtype=torch.float64))
 
 

@@ -1,4 +1,4 @@
-"""export_hf.py: the exported model's losses, text and token ids are the run's."""
+"""export_hf.py: the exported model's losses and token ids are the run's."""
 
 import random
 import shutil
@@ -56,7 +56,7 @@ def check_ids(place, spec, name, texts):
     assert (exported.eos_token, exported.eos_token_id, exported.model_max_length) == (name, ours.eot, T)
 
 
-def test_losses_and_greedy_text_are_the_runs_own(place):
+def test_losses_are_the_runs_own(place):
     config, checkpoint = load_finished(place / "run", ("reference",))
     ours = Transformer.load(config, checkpoint["model"], torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32).eval()
@@ -66,12 +66,6 @@ def test_losses_and_greedy_text_are_the_runs_own(place):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         assert losses.shape == (len(tokens), T) and losses.std() > 0.1
         assert (losses - ours(tokens)).abs().max() < 1e-4
-        text = tokens[:2, :8]
-        for _ in range(8):  # the next token is the one of least loss
-            candidates = torch.cat([text.repeat_interleave(300, 0), torch.arange(300).repeat(2)[:, None]], dim=1)
-            text = torch.cat([text, ours(candidates)[:, -1].view(2, 300).argmin(dim=1)[:, None]], dim=1)
-    found = theirs.generate(tokens[:2, :8], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(found, text)
 
 
 def test_ids_are_the_data_sets(place):
