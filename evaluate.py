@@ -385,15 +385,17 @@ def main(argv=None):
     known = score_all(groups, jobs, folders, device)
 
     shown, accuracies = measures(groups, jobs, known)
+    written = list(folders.values())
     if len(groups) > 1:
-        path, finding = Path(args.out_dir or args.runs[-1]) / "evaluation.png", compare.verdicts(groups, shown[0])[-1]
+        written.append(Path(args.out_dir or args.runs[-1]) / "evaluation.png")
+        finding = compare.verdicts(groups, shown[0])[-1]
         with figures.style():
-            figures.save(draw_scores(groups, shown), finding, compare.setting(groups), path)
+            figures.save(draw_scores(groups, shown), finding, compare.setting(groups), written[-1])
     for each in shown:
         compare.print_table(groups, each, compare.verdicts(groups, each))
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):
         print(line)
-    print("written: " + ", ".join(map(str, folders.values())))
+    print(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":
