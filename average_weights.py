@@ -20,39 +20,20 @@ from common.cli import UserError
 from common.files import write_atomically
 from common.run import check_same, identity, load_finished
 
-# Above these a run is too short: total variation between its halves (ours: 0.42 or more at 400 steps, 0.18 or less at
-# 6,400), and mean total variation of its alpha from their average (0.5 at 300 steps, 0.3 at 3,000).
+# Above these a run is too short. Ours: 0.42 or more at 400 steps, 0.18 or less at 6,400; 0.5 at 300, 0.3 at 3,000
 HALVES, WANDER = 0.3, 0.4
 
 # ---- the mathematics ----
 
 
 def running_average(alpha):
-    """alpha_bar_t = (1/t) * sum_{s=1..t} alpha_s.  alpha: (T, K), rows alpha_1..alpha_T.  Returns (T, K).
-
-    cumsum adds in the order of the steps, like the published recipe's sum(), so the two agree to the bit.
-    """
+    """alpha_bar_t = (1/t) * sum_{s=1..t} alpha_s, added in this order, as the published recipe does.  (T, K) each."""
     return np.cumsum(alpha, axis=0) / np.arange(1, len(alpha) + 1)[:, None]
 
 
 def total_variation(p, q):
     """Half the sum of |p - q|: the share of the tokens that moves to another domain, 0 to 1.  p, q: (..., K)."""
     return 0.5 * np.abs(p - q).sum(axis=-1)
-
-
-def between_seeds(answers):
-    """Mean total variation over all pairs of answers (S, K); 0 for a single seed."""
-    return float(np.mean([total_variation(p, q) for p, q in itertools.combinations(answers, 2)] or [0]))
-
-
-def between_halves(alpha):
-    """Total variation between the averages over the two halves of alpha (T, K). An odd middle step is in both."""
-    return total_variation(alpha[: (len(alpha) + 1) // 2].mean(axis=0), alpha[len(alpha) // 2 :].mean(axis=0))
-
-
-def wander(alphas, answers):
-    """Mean total variation of alpha (S, T, K) from its average over the steps (S, K)."""
-    return float(total_variation(alphas, answers[:, None]).mean())
 
 
 def effective_domains(p):
@@ -73,17 +54,23 @@ class Answer:
     by_seed: np.ndarray  # (S, K)
     weights: np.ndarray  # (K,), the mean over the seeds: DoReMi's answer
 
+    def between_halves(self):
+        """Total variation between the averages over the two halves of the steps. An odd middle step is in both."""
+        alpha, T = self.alphas.mean(axis=0), self.alphas.shape[1]
+        return float(total_variation(alpha[: (T + 1) // 2].mean(axis=0), alpha[T // 2 :].mean(axis=0)))
+
+    def wander(self):
+        """Mean total variation of alpha from its average over the steps."""
+        return float(total_variation(self.alphas, self.by_seed[:, None]).mean())
+
 
 def read_run(run):
-    """Config and alpha_1..alpha_T, (T, K) float64, of a finished proxy run.  Raises UserError.
-
-    They come from the checkpoint: the list of the published recipe holds the same, but takes long to read.
-    """
+    """Config and alpha_1..alpha_T, (T, K) float64, of a finished proxy run, from its checkpoint.  Raises UserError."""
     config, checkpoint = load_finished(run, ("proxy",))
     for name, drawn in zip(config["domains"], checkpoint["sampler"]["drawn"]):
         if not drawn:
-            raise UserError(f"{run}: the proxy never drew from '{name}', so its weight there means nothing; train it "
-                            "with another --sampling_weights, or prepare the data without that domain")
+            raise UserError(f"{run}: the proxy never drew from '{name}', so its weight there means nothing; change its "
+                            "--sampling_weights, or leave out the domain")
     return config, checkpoint["alpha_history"].double().numpy()
 
 
@@ -94,14 +81,12 @@ def read_answer(runs):
     check_same(runs, [identity(config) | of_a_seed for config in configs], "only the seed may differ")
     if len({(config["flags"]["seed"], config["reference"]["fingerprint"]) for config in configs}) < len(runs):
         raise UserError("two of the runs have the same seed and the same reference; give each seed once")
-    config = configs[0]
-    domains = config["domains"]
+    config, domains = configs[0], configs[0]["domains"]
     tokens = np.array([config["data"]["train_tokens"][name] for name in domains], dtype=np.float64)
     reference_weights = np.array([config["reference"]["sampling_weights"][name] for name in domains])
     by_seed = np.stack([running_average(alpha)[-1] for alpha in alphas])
-    seeds = [each["flags"]["seed"] for each in configs]
-    return config, Answer(domains, seeds, np.stack(alphas), tokens / tokens.sum(), reference_weights, by_seed,
-                          by_seed.mean(axis=0))
+    return config, Answer(domains, [each["flags"]["seed"] for each in configs], np.stack(alphas), tokens / tokens.sum(),
+                          reference_weights, by_seed, by_seed.mean(axis=0))
 
 
 # ---- what it writes, prints and draws ----
@@ -112,14 +97,13 @@ def weights_file(config, answer):
     provenance = {name: config["data"][name] for name in ("tokenizer", "tokenizer_sha256", "data_dir")}
     provenance |= {"reference_weights": dict(zip(answer.domains, answer.reference_weights.tolist())),
                    "largest_move": float(np.abs(answer.weights - answer.reference_weights).max()),
-                   "between_halves": float(between_halves(answer.alphas.mean(axis=0))),
+                   "between_halves": answer.between_halves(),
                    "n_params": config["n_params"], "block_size": config["model"]["block_size"],
                    "seeds": answer.seeds, "flags": config["flags"]}  # of the first seed
     return {"domain_weights": dict(zip(answer.domains, answer.weights.tolist())), "provenance": provenance}
 
 
 def answer_table(answer):
-    """Lines."""
     columns = [["", *answer.domains]]
 
     def add(title, values, form=".4f"):
@@ -137,23 +121,21 @@ def answer_table(answer):
 
 
 def trust(answer):
-    """{what: how far the answer moved, and how sure it is, as text}."""
-    move, K = np.abs(answer.weights - answer.reference_weights), len(answer.domains)
-    seeds = f"{between_seeds(answer.by_seed):.3f} total variation, mean over pairs"
+    """{what: text}: how far the answer moved, and how sure it is."""
+    move = np.abs(answer.weights - answer.reference_weights)
+    pairs = [total_variation(p, q) for p, q in itertools.combinations(answer.by_seed, 2)]
     return {
         "largest move": f"{move.max():.4f} from the reference's weight ({answer.domains[move.argmax()]})",
-        "between seeds": seeds if len(answer.seeds) > 1 else "one seed only",
-        "between halves": f"{between_halves(answer.alphas.mean(axis=0)):.3f} total variation",
-        "alpha to its mean": f"{wander(answer.alphas, answer.by_seed):.3f} total variation, mean over steps",
+        "between seeds": f"{np.mean(pairs):.3f} total variation, mean over pairs" if pairs else "one seed only",
+        "between halves": f"{answer.between_halves():.3f} total variation",
+        "alpha to its mean": f"{answer.wander():.3f} total variation, mean over steps",
         "to the reference": f"{total_variation(answer.weights, answer.reference_weights):.3f} total variation",
-        "to uniform": f"{total_variation(answer.weights, np.full(K, 1 / K)):.3f} total variation",
-        "effective domains": f"{effective_domains(answer.weights):.2f} of {K}",
-        "one-hot steps": f"{(answer.alphas.max(axis=-1) > 0.9).mean():.1%}, with one domain above 0.9"}
+        "effective domains": f"{effective_domains(answer.weights):.2f} of {len(answer.domains)}"}
 
 
 def finding(answer):
     """What the answer says, in one line: that it says nothing yet, or its largest gain and its largest loss."""
-    if between_halves(answer.alphas.mean(axis=0)) > HALVES or wander(answer.alphas, answer.by_seed) > WANDER:
+    if answer.between_halves() > HALVES or answer.wander() > WANDER:
         return (f"Too short to trust: alpha still jumps between domains in these {answer.alphas.shape[1]:,} steps. "
                 "Train the proxy for several thousand")
     change = answer.weights - answer.reference_weights
@@ -168,9 +150,9 @@ def draw_answer(answer):
     """Alpha over the steps, and each domain's weight before and after."""
     figure = figures.new(13, max(4.2, 0.23 * len(answer.domains) + 1.6))
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    ranking = np.argsort(-answer.weights, kind="stable")
-    draw_steps(left, answer, ranking, figures.shades(len(ranking)))
-    draw_moves(right, answer, ranking, figures.shades(len(ranking)))
+    ranking, shades = np.argsort(-answer.weights, kind="stable"), figures.shades(len(answer.domains))
+    draw_steps(left, answer, ranking, shades)
+    draw_moves(right, answer, ranking, shades)
     return figure
 
 
@@ -185,8 +167,8 @@ def draw_steps(axes, answer, ranking, shades):
     figures.weight_axis(axes.yaxis, np.append(averages.mean(axis=0), 1.0))
     axes.set(xlim=(0, T), xlabel="step",
              title="alpha (thin) and its running average (thick)" + f", mean of {S} seeds" * (S > 1))
-    figures.legend(axes, lines, [answer.domains[i] for i in ranking], loc="center left", bbox_to_anchor=(1, 0.5),
-                   handlelength=3)
+    names = [answer.domains[i] for i in ranking]
+    figures.legend(axes, lines, names, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3)
 
 
 def draw_moves(axes, answer, ranking, shades):
@@ -204,15 +186,10 @@ def draw_moves(axes, answer, ranking, shades):
                    loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
 
 
-# ---- the script ----
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
-    parser.add_argument("runs", nargs="+", type=cli.path, metavar="RUN",
-                        help="directory of a proxy run; several: seeds of one experiment")
-    parser.add_argument("--out_dir", type=cli.path,
-                        help="where weights.json and weights.png go (default: the first run's directory)")
+    parser.add_argument("runs", nargs="+", type=cli.path, metavar="RUN", help="proxy runs: seeds of one experiment")
+    parser.add_argument("--out_dir", type=cli.path, help="where the files go (default: the first run's directory)")
     args = parser.parse_args(argv)
     config, answer = read_answer(args.runs)
     flags, T = config["flags"], config["model"]["block_size"]
@@ -222,10 +199,10 @@ def main(argv=None):
     write_atomically(out_dir / "weights.json", json.dumps(weights_file(config, answer), indent=2) + "\n")
     with figures.style():
         figures.save(draw_answer(answer), finding(answer), setting, out_dir / "weights.png")
-    cli.print_anywhere("\n".join([cli.escaped(setting), "", *answer_table(answer), ""]))
+    print("\n".join([setting, "", *answer_table(answer), ""]))
     for what, text in trust(answer).items():
-        cli.print_anywhere(cli.escaped(f"{what:19}{text}"))
-    cli.print_anywhere(f"\n{cli.escaped(finding(answer))}\nwritten: {out_dir / 'weights.json'}, weights.png")
+        print(f"{what:19}{text}")
+    print(f"\n{finding(answer)}\nwritten: {out_dir / 'weights.json'}, weights.png")
 
 
 if __name__ == "__main__":

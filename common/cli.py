@@ -209,14 +209,13 @@ def escaped(text):
 
 def align(columns):
     """Return the lines of a table from columns of strings, the first flush left and the others flush right."""
-    columns = [[escaped(cell) for cell in column] for column in columns]
-    widths = [max(map(width, column)) for column in columns]
-    lines = []
-    for first, *others in zip(*columns):
-        cells = [first + " " * (widths[0] - width(first))]
-        cells += [" " * (space - width(cell)) + cell for space, cell in zip(widths[1:], others)]
-        lines.append("   ".join(cells))
-    return lines
+    padded = []
+    for i, column in enumerate(columns):
+        cells = [escaped(cell) for cell in column]
+        widest = max(map(width, cells))
+        spaces = [" " * (widest - width(cell)) for cell in cells]
+        padded.append([cell + space if i == 0 else space + cell for cell, space in zip(cells, spaces)])
+    return ["   ".join(row) for row in zip(*padded)]
 
 
 def width(text):

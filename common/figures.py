@@ -1,10 +1,8 @@
-"""What pictures share: fonts, style, axes, rows of marks.
-
-Names of domains and runs are text, whatever characters they have: never markup, and never left out.
-"""
+"""What pictures share: fonts, style, axes, rows of marks.  Names are text, never markup, and never left out."""
 
 import logging
 import os
+import textwrap
 import warnings
 
 os.environ["MPLBACKEND"] = "agg"  # pictures are files; matplotlib refuses to be imported under a notebook's backend
@@ -15,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from common.cli import escaped, width
+from common.cli import escaped
 from common.files import write_atomically
 
 BEFORE = {"color": "0.45", "marker": "o", "markerfacecolor": "white"}  # in every picture: the reference, the baseline
@@ -24,38 +22,25 @@ FONTS = ["DejaVu Sans", "STIXGeneral", "Noto Sans", "Noto Sans CJK SC", "Noto Sa
          "Microsoft YaHei", "SimHei", "Malgun Gothic", "Arial Unicode MS"]  # each character from the first that has it
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "0.9", "font.size": 9,
          "axes.axisbelow": True, "lines.markersize": 5, "errorbar.capsize": 2, "legend.frameon": False,
-         "text.usetex": False, "text.parse_math": False,  # $ is a dollar
-         "font.family": FONTS}
+         "text.usetex": False, "text.parse_math": False, "font.family": FONTS}  # $ is a dollar
 logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not every machine has every font
-TALLEST = 500  # inches: a picture has at most 65,535 rows of pixels
-
-# ---- text ----
 
 
 def wrapped(text, columns):
     """Break a text into lines at its spaces. matplotlib's own wrapping takes $...$ for a formula."""
-    lines = [""]
-    for word in escaped(text).split(" "):
-        if lines[-1] and width(lines[-1]) + width(word) >= columns:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return "\n".join(lines)
+    return textwrap.fill(escaped(text), columns, break_long_words=False, break_on_hyphens=False)
 
 
 def short(names, longest=28):
     """Return names that fit beside an axis: the middle of a long one is left out. Names that differ stay different."""
-    cut = []
-    for name in map(escaped, names):
-        half = longest // 2 if width(name) == len(name) else longest // 4  # Chinese characters are twice as wide
-        cut.append(name if width(name) <= longest else f"{name[:half]}...{name[-half:]}")
+    half = longest // 2
+    names = [escaped(name) for name in names]
+    cut = [name if len(name) <= longest else f"{name[:half]}...{name[-half:]}" for name in names]
     return [f"{name} ({i})" if cut.count(name) > 1 else name for i, name in enumerate(cut, start=1)]
 
 
 def percent(weight, _=None):
     return f"{100 * weight:.0f}%" if weight >= 0.0995 else f"{100 * weight:.2g}%"
-
-
-# ---- pictures ----
 
 
 def style():
@@ -65,7 +50,7 @@ def style():
 
 def new(width, height):
     """Return an empty figure of so many inches."""
-    return Figure(figsize=(width, min(height, TALLEST)), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def shades(n):
@@ -83,12 +68,8 @@ def weight_axis(axis, weights):
 
 
 def draw_rows(axes, names, series, height=0.8):
-    """Draw a row for each name, from the top, with a mark of each series: (values, errors or None, style).
-
-    Return a handle of each series for the legend.
-    """
-    handles = []
-    offsets = np.linspace(-height / 2, height / 2, len(series) + 2)[1:-1]
+    """Draw a row for each name, with a mark of each series: (values, errors or None, style).  Return their handles."""
+    handles, offsets = [], np.linspace(-height / 2, height / 2, len(series) + 2)[1:-1]
     for offset, (values, errors, look) in zip(offsets, series):
         handles.append(axes.errorbar(values, np.arange(len(names)) + offset, xerr=errors, **{**look, "linestyle": ""}))
     axes.set_yticks(range(len(names)), short(names))
@@ -97,10 +78,7 @@ def draw_rows(axes, names, series, height=0.8):
 
 
 def legend(place, handles, names, **options):
-    """Draw a legend with every name in it: matplotlib leaves out labels that begin with an underscore.
-
-    place: axes, or a figure.
-    """
+    """Draw a legend of axes or a figure; matplotlib itself leaves out names that begin with an underscore."""
     made = place.legend(handles, [str(i) for i in range(len(names))], **options)
     for text, name in zip(made.get_texts(), short(names)):
         text.set_text(name)

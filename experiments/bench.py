@@ -49,12 +49,6 @@ def random_data(folder, vocab_size, n_domains=22, n_tokens=100_000):
     return folder
 
 
-def shape_flags(shape):
-    """Flags of train_reference.py."""
-    flags = SHAPES[shape][1] | {"n_kv_head": SHAPES[shape][1]["n_head"]}
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
 def python(*command, cwd):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd)
     if done.returncode:
@@ -62,14 +56,13 @@ def python(*command, cwd):
     return done.stdout
 
 
-def run(root, command, out_dir, flags, steps, ranks=1):
-    """Train with a script of the checkout `root`.  Return tokens per second and share of peak after 10 steps."""
+def run(root, out_dir, flags, steps, ranks):
+    """Train with the checkout `root`.  Return tokens per second after 10 steps."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    python(*torchrun, *command, *flags, f"--out_dir={out_dir}", f"--max_steps={steps}", "--warmup_steps=1",
+    python(*torchrun, "train_reference.py", *flags, f"--out_dir={out_dir}", f"--max_steps={steps}", "--warmup_steps=1",
            "--log_interval=5", "--eval_interval=999999", "--eval_windows=1", "--save_interval=999999", cwd=root)
     lines = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line and line["step"] > 10]
-    return median(line["tokens_per_second"] for line in lines), lines[-1]["mfu"]
+    return median(line["tokens_per_second"] for line in lines if "loss" in line and line["step"] > 10)
 
 
 def run_nanogpt(source, folder, data, shape, steps, device, compiled):
@@ -104,20 +97,22 @@ def main():
     if args.steps < 15:
         parser.error("--steps must be at least 15: the first 10 are not measured")
     compiled = "--compile" if args.compile else "--no-compile"
-    flags = [*shape_flags(args.shape), f"--device={args.device}", compiled, *passed_on]
-    ours, theirs, script = [], [], ["train_reference.py"]
+    vocab_size, shape = SHAPES[args.shape]
+    flags = [f"--{name}={value}" for name, value in shape.items()]
+    flags += [f"--n_kv_head={shape['n_head']}", f"--device={args.device}", compiled, *passed_on]
+    ours, theirs = [], []
     for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            data = random_data(folder / "data", SHAPES[args.shape][0])
-            call = [script, folder / "run", [*flags, f"--data_dir={data}"], args.steps, args.ranks]
-            ours.append(run(ROOT, *call)[0])
+            data = random_data(folder / "data", vocab_size)
+            call = [folder / "run", [*flags, f"--data_dir={data}"], args.steps, args.ranks]
+            ours.append(run(ROOT, *call))
             shutil.rmtree(folder / "run")
             if args.nanogpt:
                 theirs.append(run_nanogpt(args.nanogpt, folder, data, args.shape, args.steps, args.device,
                                           args.compile))
             else:
-                theirs.append(run(Path(args.against).resolve(), *call)[0])
+                theirs.append(run(Path(args.against).resolve(), *call))
     for name, values in ("tokens per second", ours), ("the other's", theirs), ("ratio", np.divide(ours, theirs)):
         print(f"{name}: {median(values):.4g} ({min(values):.4g} to {max(values):.4g})")
 

@@ -1,11 +1,9 @@
 """What does each departure from Algorithm 1 cost?  The exact proxy beside five that public implementations train.
 
-reads   a reference run (stage 1) and its data
-writes  a figure, and prints the table of docs/exactness.md
-e.g.    python -m experiments.exactness --reference=checkpoints/reference --max_steps=1000
+    python -m experiments.exactness --reference=checkpoints/reference --max_steps=1000
 
-Every variant sees the same batches from the same initial parameters. Only the lines that name a variant differ from
-train_doremi.py. The departures exist here only.
+It prints the table of docs/exactness.md. Every variant sees the same batches from the same initial parameters. Only the
+lines that name a variant differ from train_doremi.py.
 """
 
 import argparse
@@ -93,19 +91,14 @@ def draw(domains, alphas, setting):
     return figure
 
 
-def seeds_list(text):
-    return [cli.natural(part) for part in text.split(",")]
-
-
 def main():
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--reference", type=cli.path, default="checkpoints/reference",
-        help="run directory of stage 1 (default: %(default)s)")
+    add("--reference", type=cli.path, default="checkpoints/reference", help="run of stage 1 (default: %(default)s)")
     add("--step_size", type=cli.non_negative, default=1.0, help="of the weight update (default: %(default)s)")
     add("--smoothing", type=cli.fraction, default=1e-3, help="of the weight update (default: %(default)s)")
-    add("--seeds", type=seeds_list, default=[2, 3, 4],
-        help="of the exact proxies; the first also of the others (default: 2,3,4)")
+    add("--seeds", type=cli.natural, nargs="+", default=[2, 3, 4],
+        help="of the exact proxies; the first also of the others (default: 2 3 4)")
     add("--out", type=cli.path, default="checkpoints/exactness.png", help="the figure (default: %(default)s)")
     add("--max_steps", type=cli.positive, help="of every proxy (default: the reference's)")
     add("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
@@ -135,7 +128,7 @@ def main():
               f"{dataset.domains[int(answer.argmax())]} {answer.max():.2f} |")
     setting = f"{reference.n_params():,} parameters, {args.max_steps} steps of {args.batch_size} sequences"
     write_atomically(Path(args.out), lambda file: draw(dataset.domains, alphas, setting).savefig(file, dpi=80))
-    cli.print_anywhere(f"written: {args.out}")
+    print(f"written: {args.out}")
 
 
 if __name__ == "__main__":

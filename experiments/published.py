@@ -41,6 +41,10 @@ class Run:
         self.r, self.answer = normalised(self.r), normalised(self.answer)
         self.tilt = np.log(self.answer / self.r)
 
+    def distance(self, tilt):
+        """Total variation of the answer to the one that this tilt foretells; tilt 0: to the reference itself."""
+        return total_variation(moved(self.r, tilt), self.answer)
+
     def on(self, keep):
         """The same run on some of its domains.  keep: (K,) bool."""
         return replace(self, r=self.r[keep], answer=self.answer[keep])
@@ -108,18 +112,14 @@ def several(values, digits=2):
 def print_runs(runs):
     five, rows = runs[:COMPARED], []
     for run in runs:
-        tilt = others_tilt(run, five)
-        foretold = total_variation(moved(run.r, tilt), run.answer)
-        orders = shuffled(tilt)
-        chance = np.array([total_variation(moved(run.r, order), run.answer) for order in orders])
-        all_others = others_tilt(run, runs)
-        rows.append([run.name, total_variation(run.r, run.answer), foretold,
-                     total_variation(moved(run.r, others_tilt(run, five, strangers=True)), run.answer),
+        tilt, all_others = others_tilt(run, five), others_tilt(run, runs)
+        foretold, orders = run.distance(tilt), shuffled(tilt)
+        chance = np.array([run.distance(order) for order in orders])
+        rows.append([run.name, run.distance(0), foretold, run.distance(others_tilt(run, five, strangers=True)),
                      total_variation(np.mean([x.answer for x in five if x is not run], axis=0), run.answer),
                      f"{chance.mean():.3f} ± {chance.std():.3f}", f"{(chance <= foretold).sum()}",
                      f"{correlation(tilt, run.tilt):.2f}", f"{max(correlation(x, run.tilt) for x in orders):.2f}",
-                     total_variation(moved(run.r, all_others), run.answer), f"{correlation(all_others, run.tilt):.2f}",
-                     f"{run.tilt.std():.2f}"])
+                     run.distance(all_others), f"{correlation(all_others, run.tilt):.2f}", f"{run.tilt.std():.2f}"])
     table("Total variation of a run's answer to what could foretell it", [
         "run", "its reference r", "r x mean tilt of the others", "of other people only", "mean answer of the others",
         "r x shuffled tilt", f"of {SHUFFLES:,} as near", "own and the others' tilt, corr", "largest of a shuffle",
@@ -138,8 +138,8 @@ def print_leave_one_out(domains, runs):
             tilts = [(run, others_tilt(run, some)) for run in some]
             rows.append([who + "".join(f", no {name}" for name in dropped), f"{min(pairs):.2f} to {max(pairs):.2f}",
                          several(correlation(tilt, run.tilt) for run, tilt in tilts),
-                         several((total_variation(moved(run.r, tilt), run.answer) for run, tilt in tilts), 3),
-                         several((total_variation(run.r, run.answer) for run in some), 3)])
+                         several((run.distance(tilt) for run, tilt in tilts), 3),
+                         several((run.distance(0) for run in some), 3)])
     table("Leave one out, by domains and runs",
           ["", "two tilts, corr", "own and the others', corr", "r x mean tilt of the others", "r"], rows)
     size = np.log(runs[0].r)

