@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -266,10 +267,11 @@ def read_jobs(args, dataset):
 # ---- scoring ----
 
 
-def choose_forward(config, parameters, device, part):
+def choose_forward(config, parameters, device, job, part):
     """Return the function to call for token losses, and the name of its dtype.
 
-    On a GPU the run's own dtype, if the mean loss of a batch agrees with float32 to AGREE; otherwise float32.
+    On a GPU the run's own dtype, compiled if that pays, where the mean loss of a batch agrees with float32 to AGREE;
+    otherwise float32.
     """
     exact = Transformer.load(config, parameters, torch.float32).to(device)
     dtype = config["flags"]["dtype"]
@@ -277,6 +279,9 @@ def choose_forward(config, parameters, device, part):
         return exact, "float32"
     tokens = next(part.batches())[0].to(device)
     forward = Transformer.load(config, parameters, getattr(torch, dtype)).to(device).freeze()
+    work = len(part.windows) * tokens[0].numel() * len(job.parts) * forward.flops_per_token() / 3
+    if job.kind == "domains" and work > ranks.COMPILE_ABOVE["cuda"] and ranks.can_compile(device):
+        forward = torch.compile(forward, dynamic=False)  # a task's batches have many shapes
     difference = abs(forward(tokens).mean() - exact(tokens).mean()).item()
     if difference <= AGREE:
         return forward, dtype
@@ -297,16 +302,19 @@ def score_all(groups, jobs, folders, device):
                     write_atomically(job.path(folders[run]), json.dumps(content) + "\n")  # fails before the work
                     todo.append((group.config, run, parameters, job, content, names))
                     total += sum(len(job.parts[name].windows) for name in names)
-    bar = tqdm(total=total, unit=" windows", disable=None if todo else True)
+    bar, start, done = tqdm(total=total, unit=" windows", disable=None if todo else True), time.perf_counter(), 0
     for config, run, parameters, job, content, names in todo:
-        forward, dtype = choose_forward(config, parameters, device, job.parts[names[0]])
+        forward, dtype = choose_forward(config, parameters, device, job, job.parts[names[0]])
         for name in names:
             scored = job.parts[name].score(forward, device, bar)
             if not np.isfinite([*scored["bits"], *itertools.chain(*scored["wrong"])]).all():
                 raise UserError(f"{run}, {name}: the loss is not finite; the model has diverged, train it again")
             content["parts"][name], content["dtype"][name] = scored, dtype
             write_atomically(job.path(folders[run]), json.dumps(content) + "\n")
-            tqdm.write(f"{run.name}, {name}: {len(job.parts[name].windows):,} windows scored", file=sys.stderr)
+            n = len(job.parts[name].windows)
+            done += n
+            left = tqdm.format_interval((time.perf_counter() - start) * (total - done) / done)
+            tqdm.write(f"{run.name}, {name}: {n:,} windows scored, {left} left", file=sys.stderr)
     bar.close()
     return known
 
@@ -393,6 +401,9 @@ def main(argv=None):
             figures.save(draw_scores(groups, shown), finding, compare.setting(groups), written[-1])
     for each in shown:
         compare.print_table(groups, each, compare.verdicts(groups, each))
+    if len(groups) > 1 and jobs[0].kind == "domains" and not args.data_dir:
+        notes.append("compare.py's losses are on fewer windows, those of training, and per token: where changes are "
+                     "small, its verdict may be another")
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):
         print(line)
     print(f"written: {', '.join(map(str, written))}")

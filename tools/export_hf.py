@@ -15,6 +15,7 @@ from pathlib import Path
 
 import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for python tools/export_hf.py
@@ -99,6 +100,13 @@ def hf_tokenizer(dataset):
     return made, name
 
 
+def save_parameters(parameters, path):
+    try:
+        save_file(parameters, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the system's, of a full disk for instance
+        raise OSError(None, str(error), str(path)) from None
+
+
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("run", type=cli.path, metavar="RUN", help="directory of a finished run")
@@ -118,7 +126,7 @@ def main(argv=None):
         (folder / "config.json").write_text(json.dumps(model_config, indent=2) + "\n")
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
         (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        save_file(llama_parameters(model), folder / "model.safetensors", metadata={"format": "pt"})
+        save_parameters(llama_parameters(model), folder / "model.safetensors")
     print(f"written: {args.out_dir}, {config['n_params']:,} parameters")
 
 
