@@ -62,6 +62,13 @@ class Job:
         return Path(self.log.name).read_text()
 
 
+def wait_for_metrics(out):
+    """Until a run that has been started logs its first line, for a minute."""
+    metrics, end = Path(out) / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < end and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
+
+
 def run_forked(script, *flags, status=0, timeout=120, **options):
     """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).
 

@@ -8,13 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY, read_alpha, run_here
-from forked import Job, run_forked
+from forked import Job, run_forked, wait_for_metrics
 from test_bad_input import EVEN, TRAINING, proxy_refused
 from test_bad_input import world as world
 
@@ -57,8 +56,7 @@ def test_a_run_does_not_save_over_another_ones_directory(tmp_path, world):
     out = tmp_path / "out"
     flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={out}"]
     job = Job("train_doremi.py", *flags, "--max_steps=100000", "--save_interval=100000")
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        time.sleep(0.05)
+    wait_for_metrics(out)
     shutil.rmtree(out)
     run_here("train_doremi.py", *flags)
     before = (out / "ckpt.pt").read_bytes()
