@@ -37,14 +37,18 @@ def context():
     return ctx
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Job:
     """A script that is running as `ranks` processes on `nodes` nodes.  In flags, {rank} becomes the rank's number."""
 
     def __init__(self, script, *flags, ranks=1, nodes=1, **options):
         ctx, self.log = context(), tempfile.NamedTemporaryFile("w+", prefix="forked")  # noqa: SIM115
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes = [
             ctx.Process(target=work, args=(script, [str(flag).replace("{rank}", str(rank)) for flag in flags], rank,
                                            ranks, ranks // nodes, port, self.log.name), kwargs=options)
