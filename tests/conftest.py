@@ -47,20 +47,18 @@ def pytest_runtest_setup(item):
 
 def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     """streams: {DOMAIN: (train ids, val ids)}.  Returns the directory, as prepare.py would have left it."""
-    directory = Path(directory)
-    domains = {}
+    directory, domains = Path(directory), {}
     for name, (train, val) in streams.items():
         folder = directory / folder_name(name)
         folder.mkdir(parents=True)
         for split, ids in (("train", train), ("val", val)):
             np.asarray(ids, dtype="<u2").tofile(folder / f"{split}.bin")
         domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
-                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val),
-                         **{f"{split}_sha256": sample_sha256(folder / f"{split}.bin", 2 * len(ids))
-                            for split, ids in (("train", train), ("val", val))}}
+                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val)}
     (directory / "meta.json").write_text(json.dumps(
         {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size,
          "eot_token": 0, "dtype": "uint16", "domains": domains}))
+    rehash(directory)
     return directory
 
 
@@ -113,10 +111,8 @@ def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
 
 
 def run_here(script, *flags, status=0, cwd="."):
-    """Run a script in this process, as `python script flags` would: a run costs its steps, not seconds of imports.
-
-    Return its stdout and stderr; its exit status must be `status`.
-    """
+    """Run a script in this process, as `python script flags` would.  Return its stdout and stderr; its exit status must
+    be `status`."""
     found, threads = 0, torch.get_num_threads()
     handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     torch.set_num_threads(1)

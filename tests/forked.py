@@ -1,7 +1,6 @@
-"""Runs the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
+"""Run the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
 
-The ranks are real processes that meet over gloo, as under torchrun. A process differs from one started by hand only
-where the options of `work` ask for it.
+The ranks are real processes that meet over gloo, as under torchrun.
 """
 
 import io
@@ -74,10 +73,8 @@ def wait_for_metrics(out):
 
 
 def run_forked(script, *flags, status=0, timeout=120, **options):
-    """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).
-
-    options: ranks, nodes, and those of `work`.
-    """
+    """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).  options:
+    ranks, nodes, and those of `work`."""
     job, end = Job(script, *flags, **options), time.monotonic() + timeout
     while (left := [p for p in job.processes if p.exitcode is None]) and time.monotonic() < end:
         if any(p.exitcode and (p.exitcode != status or status < 0) for p in job.processes):
@@ -158,11 +155,8 @@ def arm(point, n):
 
 
 def note(path):
-    """Save to `path` what this rank did:
-
-    gradients {name: tensor} per step, of the global batch, before they are clipped;  held: bytes of parameters on this
-    rank.
-    """
+    """Save to `path` the gradients {name: tensor} of every step, of the global batch, before they are clipped, and how
+    many bytes of parameters this rank held."""
     from common import ranks
     from common.run import Run
 
@@ -184,8 +178,8 @@ def note(path):
 
 
 def forbid_waits():
-    """Make CUDA raise an error wherever a step waits for the card, but where a line, an evaluation or a checkpoint is
-    due, and before the second line: until then memory is found and code is compiled."""
+    """Make CUDA raise where a step waits for the card, unless a line, evaluation or checkpoint is due, and from the
+    second line on: until then memory is found and code is compiled."""
     from common import ranks
     from common.run import Run
 

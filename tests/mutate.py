@@ -3,8 +3,7 @@
     python tests/mutate.py                all of them; exit status 1 where one survives
     python tests/mutate.py smoothing      those whose name holds the word
 
-They break the algorithm, the ranks, or the resumption. Each is a few edits of one file, whose old text must be there
-exactly once, and the tests that should fail; where they pass, the mutation has survived.
+Each mutation is a few edits of one file, whose old text must be there exactly once, and the tests that should fail.
 """
 
 import argparse
@@ -84,6 +83,7 @@ MUTATIONS = [
      'return {"step": self.state["step"], "drawn": list(self.state["drawn"])}',
      "return dict(self.ahead.result().state if self.ahead else self.state)")),
     *group("common/ranks.py", SHARDING,
+    ("ranks may differ", "self.gather_objects(values), remedy)", "[values], remedy)"),
     ("gradients are averaged over ranks", "module.set_gradient_divide_factor(1.0)", "pass"),
     ("gradients do not cross between nodes", "model.set_requires_all_reduce(last)",
      "model.set_requires_all_reduce(False)"),
@@ -112,8 +112,6 @@ MUTATIONS = [
      "sums = torch.zeros(3, K, dtype=machine.sum_dtype)")),
     *group("model.py", PRETENDED,
     ("card: the rotary table is not there", "self.make_rotary().to(device)", "self.make_rotary()")),
-    *group("common/ranks.py", SHARDING,
-    ("ranks may differ", "self.gather_objects(values), remedy)", "[values], remedy)")),
     *group("common/run.py", RESUME,
     ("metrics behind the checkpoint are kept", 'if line["step"] <= step and "ended" not in line]',
      'if "ended" not in line]'),

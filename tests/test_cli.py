@@ -44,8 +44,8 @@ def test_flags_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("content, named", [
-    ("--stepz=3", "--stepz"), ("--steps=0", "--steps"), ("--step=3", "--step"), ("--rate=fast", "fast"),
-    ("stray", "stray"), ("--name='open", "open"), ("--name=M\xfcller", "UTF-8")])
+    ("--steps=0", "--steps"), ("--step=3", "--step"), ("--rate=fast", "fast"), ("stray", "stray"),
+    ("--name='open", "open"), ("--name=M\xfcller", "UTF-8")])
 def test_errors_in_a_file_name_the_file(tmp_path, content, named, capsys):
     file = tmp_path / "some_flags.txt"
     file.write_text(f"--name=somebody\n{content}\n", encoding="latin-1")
@@ -66,12 +66,10 @@ def test_flag_lines_read_back(tmp_path_factory, name, steps, rate, resume, compi
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (cli.positive, {"1": 1}, ["0", "-1", "1.5", "x"]),
-    (cli.natural, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63)]),
-    (cli.non_negative, {"0": 0.0, "1e-3": 1e-3}, ["-1", "nan", "inf"]),
-    (cli.fraction, {"0": 0.0, "0.9": 0.9}, ["1", "-0.1", "nan"])])
+    (cli.positive, 1, ["0", "-1", "1.5", "x"]), (cli.natural, 2**63 - 1, ["-1", str(2**63)]),
+    (cli.non_negative, 1e-3, ["-1", "nan", "inf"]), (cli.fraction, 0.9, ["1", "-0.1", "nan"])])
 def test_types(kind, good, bad):
-    assert {text: kind(text) for text in good} == good
+    assert kind(str(good)) == good
     for text in bad:
         with pytest.raises((ValueError, argparse.ArgumentTypeError)):
             kind(text)
@@ -110,14 +108,11 @@ def test_what_derives_from_a_flag_derives_again(parse_proxy, flag, expected):
     assert parse_proxy(flag).items() >= expected.items()
 
 
-def test_defaults_that_depend_on_others():
-    def resolved(**changes):
-        flags = {"learning_rate": 0.01, "min_lr": None, "warmup_steps": None, "max_steps": 150, **changes}
-        return resolve_recipe(Namespace(**flags))
-
-    assert resolved().min_lr == 0.001  # a tenth
-    assert {steps: resolved(max_steps=steps).warmup_steps for steps in (2, 150, 900, 3000, 200_000)} == {
-        2: 0, 150: 50, 900: 300, 3000: 300, 200_000: 12_000}  # a third, at most 300; 6% where that is more
+@pytest.mark.parametrize("steps, warmup", [(2, 0), (150, 50), (900, 300), (3000, 300), (200_000, 12_000)])
+def test_defaults_that_depend_on_others(steps, warmup):
+    """Warm-up takes a third, at most 300, and 6% where that is more; the last learning rate is a tenth."""
+    found = resolve_recipe(Namespace(learning_rate=0.01, min_lr=None, warmup_steps=None, max_steps=steps))
+    assert (found.warmup_steps, found.min_lr) == (warmup, 0.001)
 
 
 def test_compile_is_decided_by_the_length_of_the_run(monkeypatch):

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 
 import pytest
 import torch
@@ -70,32 +69,23 @@ def test_losses_are_the_oracles(chunk_tokens, monkeypatch):
     torch.testing.assert_close(transformer(tokens[:, :6]), losses[:, :5], rtol=0, atol=1e-12)  # a shorter sequence
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
-def test_losses_in_lower_precision(dtype, bound):
-    exact, lower, tokens = build(), build(dtype=dtype), random_tokens(b=8)
-    exact.embedding.weight.data *= 20
-    lower.load_state_dict(exact.state_dict())
-    assert lower(tokens).dtype == torch.float32  # summed in float32 whatever the products are in
-    assert (lower(tokens).double() - exact(tokens)).abs().max() < bound
-
-
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_gradient_of_the_model(dtype, bound, monkeypatch):
+def test_losses_and_gradients_in_every_precision(dtype, bound, monkeypatch):
     """Against the oracle in float64, tokens weighted unequally, relative to the largest entry of each gradient."""
     monkeypatch.setattr(model, "LOSS_CHUNK", 10 * SMALL.vocab_size)  # 36 tokens: chunks of 10, 10, 10, 6
     exact, ours, tokens = build(), build(dtype=dtype), random_tokens()
     ours.load_state_dict(exact.state_dict())
     weight = torch.linspace(0.1, 2.0, 36, dtype=torch.float64).view(3, 12)
-    (weight * oracle(exact, tokens)).sum().backward()
-    (weight * ours(tokens)).sum().backward()
-    for (name, expected), found in zip(exact.named_parameters(), ours.parameters()):
-        assert found.grad.dtype == found.dtype
-        error = (found.grad.double() - expected.grad).abs().max() / expected.grad.abs().max()
-        assert error < bound, (name, error)
+    expected, losses = oracle(exact, tokens), ours(tokens)
+    assert (losses - expected).abs().max() < bound and losses.dtype != torch.bfloat16  # summed in float32 at least
+    (weight * expected).sum().backward()
+    (weight * losses).sum().backward()
+    for (name, wanted), found in zip(exact.named_parameters(), ours.parameters()):
+        assert (found.grad.double() - wanted.grad).abs().max() < bound * wanted.grad.abs().max(), name
 
 
 def test_no_logits_are_kept(monkeypatch):
-    """Of 256 tokens and 4096 words: the largest that is kept is the embedding; the logits would be 32 times that."""
+    """The largest tensor that is kept is the embedding; the logits would be 32 times that."""
     monkeypatch.setattr(model, "LOSS_CHUNK", 16 * 4096)
     config = ModelConfig(vocab_size=4096, block_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=8, n_ffn=8)
     transformer, kept = build(config, torch.float32), []
@@ -113,7 +103,6 @@ def test_frozen_copy_gives_the_same_losses_to_the_bit(dtype):
 
 
 def test_a_model_from_the_meta_device_is_the_same():
-    """A loaded one shares the checkpoint's tensors and has its own rotary table; a placed one draws the same values."""
     whole, machine = build(), ranks.Machine(torch.device("cpu"), torch.float64, torch.float64, micro_batch_size=1)
     loaded = Transformer.load({"model": vars(SMALL)}, whole.state_dict(), torch.float64)
     assert torch.equal(loaded(random_tokens()), whole(random_tokens()))
@@ -132,16 +121,3 @@ def test_initial_parameters_have_the_deviations_of_gpt2():
         else:  # the standard deviation of n numbers has an error of 1 / sqrt(2 n)
             std = 0.02 / 4 if name.endswith(("out.weight", "down.weight")) else 0.02
             assert value.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * value.numel())), name
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_model_gives_the_same_losses_and_gradients(monkeypatch):
-    monkeypatch.setattr(model, "LOSS_CHUNK", 10 * SMALL.vocab_size)
-    eager, compiled, tokens = build(dtype=torch.float32), build(dtype=torch.float32), random_tokens()
-    losses = [f(tokens) for f in (eager, torch.compile(compiled, dynamic=False))]
-    assert (losses[0] - losses[1]).abs().max() < 1e-5
-    for loss in losses:
-        loss.mean().backward()
-    for ours, theirs in zip(eager.parameters(), compiled.parameters()):
-        assert (ours.grad - theirs.grad).abs().max() < 1e-5 * ours.grad.abs().max() + 1e-7

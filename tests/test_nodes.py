@@ -33,19 +33,18 @@ def start(reference):
     """A function that starts a proxy under a launcher; what is left of its processes at the end is killed."""
     started = []
 
-    def make(launcher, out, *flags, env=None):
+    def make(launcher, out, *flags, **env):
         command = [*map(str, launcher), str(ROOT / "train_doremi.py"), f"--reference={reference}", f"--out_dir={out}",
                    "--log_interval=3", "--eval_windows=4", "--no-compile", *flags]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}))
+                                        env={**os.environ, "OMP_NUM_THREADS": "1", **env}))
         return started[-1]
 
     yield make
     for process in started:
         if process.poll() is None:
             for pid in [*ranks_of(process).values(), process.pid]:  # torchrun puts ranks into sessions of their own
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
             process.wait()
 
 
@@ -68,18 +67,16 @@ def ranks_of(process):
 
 
 def wait_for_checkpoint(process, run):
-    while not (run / "ckpt.pt").exists():
-        assert process.poll() is None, process.communicate()[0]
+    while process.poll() is None and not (run / "ckpt.pt").exists():
         time.sleep(0.01)
 
 
 def test_killed_rank_comes_back(tmp_path, start):
-    """SIGKILL of one rank in mid-run: torchrun starts all ranks again, and they end with the bits of a run that nobody
-    disturbed."""
+    """SIGKILL of one rank: torchrun starts all ranks again, and they end with the bits of an undisturbed run."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     finish(start(TWO_RANKS, undisturbed, *LONG))
     process = start([*TWO_RANKS, "--max-restarts=3"], out, *LONG, "--resume",
-                    env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+                    TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for_checkpoint(process, out)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = finish(process)
@@ -90,17 +87,15 @@ def test_killed_rank_comes_back(tmp_path, start):
 
 
 def test_hanging_rank_ends_the_job(tmp_path, start):
-    """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and its summary
-    names it: the rank that had to be killed, while the others ended by themselves."""
+    """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and says so."""
     process = start(TWO_RANKS, tmp_path / "run", *LONG, "--timeout=20", "--max_steps=9999")
     wait_for_checkpoint(process, tmp_path / "run")
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     begin = time.monotonic()
     output = finish(process, status=1)
     assert time.monotonic() - begin < 20 + 30 + 60, output  # 20 of ours, 30 of torchrun, and a slow machine
-    assert "Timed out waiting 20000ms" in output
     status = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (-?\d+)", output))
-    assert status == {"0": "1", "1": "-9"}, output
+    assert status == {"0": "1", "1": "-9"}, output  # rank 1 had to be killed
 
 
 def test_two_nodes(tmp_path, start):

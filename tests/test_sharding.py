@@ -40,8 +40,8 @@ def model_of(out):
 
 @pytest.mark.parametrize("ranks, nodes", [(2, 1), (4, 1), (4, 2)])
 def test_gradients_are_summed_and_parameters_are_shared_out(train, ranks, nodes):
-    """In every block and in the root. Averaged gradients would be 1 / N of these, which AdamW would hide. Each rank
-    holds 1 / N of the parameters of its node, so every node has all of them."""
+    """In every block and in the root. AdamW would hide averaged gradients. Each rank holds 1 / N of its node's
+    parameters."""
     out, notes = train("--dtype=float64", ranks=ranks, nodes=nodes)
     alone, expected = train("--dtype=float64")
     for found, gradients in zip(notes[0]["gradients"], expected[0]["gradients"], strict=True):
@@ -71,8 +71,8 @@ def test_losses_in_lower_precision_are_those_of_one_rank(train, dtype, bound):
 
 
 def test_one_large_step_in_bfloat16(train):
-    """Before any step the losses differ by the order of float64 sums alone: a rounded rotary table would show here.
-    The embedding's gradient is a sum over 24,576 tokens: added up in bfloat16, it would be wrong by 5%."""
+    """A rounded rotary table would show in the loss; the embedding's gradient, a sum over 24,576 tokens, would be wrong
+    by 5% if it were added up in bfloat16."""
     flags = "--dtype=bfloat16", "--log_interval=1", "--max_steps=1", "--batch_size=1536", "--micro_batch_size=768"
     (alone, expected), (out, notes) = (train(*flags, ranks=ranks) for ranks in (1, 2))
     assert read_metrics(out)[0]["loss"] == pytest.approx(read_metrics(alone)[0]["loss"], abs=1e-12)
@@ -81,8 +81,7 @@ def test_one_large_step_in_bfloat16(train):
 
 
 def test_metrics_are_those_of_one_rank(train):
-    """Three ranks, micro-batches of one sequence: to rounding.  Evaluation has 8 windows, and its last round two of
-    them; a forward pass is a collective, so every rank has to have as many."""
+    """Evaluation has 8 windows, and its last round two of them for three ranks, which all have to pass as many."""
     (out, _), (alone, _) = train("--dtype=float64", "--micro_batch_size=1", ranks=3), train("--dtype=float64")
     for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
         for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds", "ended"}:
