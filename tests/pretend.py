@@ -95,14 +95,11 @@ class OnCard(torch.Tensor):
     is_cuda = property(lambda self: CARDS.type == "cuda")
     is_cpu = is_meta = property(lambda self: False)
 
-    @property
-    def data(self):
-        return self.detach()
-
-    @data.setter
-    def data(self, other):
+    def set_data(self, other):
         torch.Tensor.data.__set__(self, other)
         self.held = other.held
+
+    data = property(torch.Tensor.detach, set_data)
 
     def numpy(self, **_):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")

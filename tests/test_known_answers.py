@@ -42,7 +42,6 @@ def make_data(directory, seed, n=40_000):
 
 
 def check_answer(reference, out, seed):
-    """One proxy run against what theory says, with margins."""
     run_forked("train_doremi.py", f"--reference={reference}", f"--out_dir={out}", f"--seed={seed}",
                f"--max_steps={STEPS}", "--log_interval=1")
     lines = [line for line in read_metrics(out) if "loss" in line]

@@ -1,4 +1,4 @@
-"""Nothing that a run has made is lost: not by a start, nor by the console, a moved directory, or a disk that fails."""
+"""Nothing that a run has made is lost: not by a start, the console, a moved directory, or a disk that fails."""
 
 import errno
 import json

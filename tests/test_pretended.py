@@ -1,8 +1,4 @@
-"""On pretended cards (pretend.py): the tests of test_cuda.py, several ranks, other makes of cards, and Apple's.
-
-What passes here puts every tensor where a card wants it and waits for nothing between log lines. Kernels, compiled
-code, NCCL itself, memory and time need a real one.
-"""
+"""On pretended cards (pretend.py): tests of test_cuda.py, several ranks, other makes of cards, and Apple's."""
 # ruff: noqa: F811
 
 import functools
@@ -66,7 +62,7 @@ def test_killed_and_resumed_to_the_bit(world, launch, whole, tmp_path, ranks, ki
 
 
 def test_each_process_sees_its_own_card_only(world, launch, whole, tmp_path):
-    """As under Slurm's --gpus-per-task: LOCAL_RANK is 1, and the only card is cuda:0."""
+    """As under Slurm's --gpus-per-task: the only card is cuda:0."""
     found = proxy(launch, world, tmp_path / "run", ranks=2, cards={"count": 1})
     assert distances(found, whole(2)) == [0, 0]
 
@@ -82,7 +78,6 @@ def test_the_dtype_is_the_cards(world, launch, tmp_path, cards, dtype):
 
 
 def test_apples_card(world, tmp_path):
-    """Float32, sums included, ends as on a CPU."""
     flags = [f"--reference={world('float32')}/reference", *FLAGS, "--max_steps=4"]
     for device in ("mps", "cpu"):
         run_forked("train_doremi.py", *flags, f"--device={device}", f"--out_dir={tmp_path}/{device}",

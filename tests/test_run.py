@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, read_metrics, run_here
-from forked import run_forked
 
 from common.run import NOT_COMPARED, Run, identity, read_config
 
@@ -68,7 +67,7 @@ def test_a_run_repeats_from_its_own_directory(runs, script, name):
 
 
 def test_identity_is_what_makes_a_run_this_experiment(runs):
-    """Every flag but those of places and machines; two domains may be called as the config's own sections are."""
+    """Every flag but those of places and machines; domains may be called as the config's own sections are."""
     config = read_config(runs.proxy)
     found = identity(config)
     assert not {"batch_size", "dtype", "eval_windows", "seed"} & NOT_COMPARED
@@ -77,10 +76,11 @@ def test_identity_is_what_makes_a_run_this_experiment(runs):
         assert (identity(changed) == found) == (name in NOT_COMPARED), name
     assert identity({**config, "versions": {}, "device": "cuda", "world_size": 8, "wandb_id": "other"}) == found
     for domain in ("reference", "data", "out_dir", "device"):
-        for section, name in (("sampling_weights", None), ("data", "train_tokens")):
-            marked = json.loads(json.dumps(config))
-            (marked[section][name] if name else marked[section])[domain] = 5
-            assert identity(marked) != found, (domain, section)
+        for name, section in (("sampling_weights", config), ("train_tokens", config["data"])):
+            before = section[name]
+            section[name] = {**before, domain: 5}
+            assert identity(config) != found, (domain, name)
+            section[name] = before
 
 
 def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
@@ -102,11 +102,3 @@ def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
     for line in read_metrics(out):
         for value in (line.get("loss"), *line.get("alpha", {}).values(), *line.get("val_loss", {}).values()):
             assert value is None or json.dumps(value).encode() in logged
-
-
-def test_a_run_that_died_before_its_first_checkpoint_keeps_its_wandb_id(tmp_path, data_dir):
-    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run", "--resume"]
-    run_forked("train_reference.py", *flags, kill=("step", 2), status=-9)
-    first = read_config(tmp_path / "run")["wandb_id"]
-    run_forked("train_reference.py", *flags)
-    assert read_config(tmp_path / "run")["wandb_id"] == first
