@@ -34,6 +34,7 @@ VOCAB = 64
 TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
         "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4",
         "--no-compile"]
+TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]  # what a proxy does not inherit
 
 
 def pytest_addoption(parser):
@@ -90,6 +91,16 @@ def data_dir(tmp_path_factory):
     """Four domains of different entropy and size; the smallest is repeated within a few steps."""
     domains = [("counting", 6000, 1), ("simple", 3000, 2), ("rich", 2000, 8), ("small", 300, 3)]
     return markov_dataset(tmp_path_factory.mktemp("data") / "synthetic", domains, n_val=200, seed=0)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory, data_dir):
+    """A finished reference and proxy of data_dir, which tests copy before they break them, and what the first said."""
+    directory = tmp_path_factory.mktemp("runs")
+    reference, proxy = directory / "reference", directory / "proxy"
+    said = run_here("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}").stdout
+    run_here("train_doremi.py", *TRAINING, f"--reference={reference}", f"--out_dir={proxy}")
+    return SimpleNamespace(reference=reference, proxy=proxy, said=said)
 
 
 @pytest.fixture(scope="session")

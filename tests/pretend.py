@@ -118,10 +118,6 @@ class OnCard(torch.Tensor):
 class Everywhere(TorchDispatchMode):
     """Sees what makes a tensor on the card, too, and what mixes it with others."""
 
-    @classmethod
-    def _should_skip_dynamo(cls):  # which is slow, and nothing is compiled here
-        return False
-
     def __torch_dispatch__(self, *call):
         return dispatch(*call)
 
@@ -192,9 +188,7 @@ class Stream:
         pass
 
     def record_event(self, event=None):
-        event = event or Event()
-        event.record()
-        return event
+        return event or Event()
 
 
 class Event:
@@ -246,8 +240,6 @@ def pretend_tensors():
     torch.empty = lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs)
     torch.Tensor.pin_memory = lambda self, *_: self
     torch.compile = lambda model=None, **_: model
-    torch.nn.Module.compile = lambda *_, **__: None
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
 
 
 def pretend_mps():
@@ -302,7 +294,7 @@ def pretend_cuda():
 def pretend_ranks():
     """gloo underneath; objects travel on the card. A sharded tensor says where its parts are."""
     c10d, to = dist.distributed_c10d, torch.Tensor.to
-    init_process_group, to_object = c10d.init_process_group, c10d._tensor_to_object
+    init_process_group = c10d.init_process_group
 
     def init(backend=None, *args, device_id=None, **kwargs):
         if backend == "nccl" and device_id is not None and device_id.index is None:
@@ -312,7 +304,6 @@ def pretend_ranks():
 
     dist.init_process_group = c10d.init_process_group = init
     c10d._get_object_coll_device = lambda *_: str(current()) if STATE["nccl"] else "cpu"
-    c10d._tensor_to_object = lambda tensor, *args: to_object(tensor.cpu(), *args)
     dist.is_nccl_available = c10d.is_nccl_available = lambda: True
     _fsdp_init._move_states_to_device = lambda *_: None  # FSDP2 would move them in place, which a wrapper cannot
     for name in ("device", "is_meta", "is_cuda", "is_cpu"):

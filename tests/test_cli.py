@@ -7,8 +7,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import train_doremi
 from common import cli, ranks
@@ -53,26 +51,6 @@ def test_errors_in_a_file_name_the_file(tmp_path, content, named, capsys):
         parser().parse_args([f"@{file}"])
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and named in err and str(file) in err and err.count("\n") == 1, err
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])), st.integers(1, 10**9),
-       st.none() | st.floats(allow_nan=False), st.booleans(), st.booleans() | st.none())
-def test_flag_lines_read_back(tmp_path_factory, name, steps, rate, resume, compiled):
-    args = Namespace(name=name, steps=steps, rate=rate, resume=resume, compile=compiled)
-    file = tmp_path_factory.getbasetemp() / "round_trip.txt"
-    file.write_text(cli.flag_lines(args), encoding="utf-8")
-    assert vars(parser().parse_args([f"@{file}"])) == {**vars(args), "resume": False}
-
-
-@pytest.mark.parametrize("kind, good, bad", [
-    (cli.positive, 1, ["0", "-1", "1.5", "x"]), (cli.natural, 2**63 - 1, ["-1", str(2**63)]),
-    (cli.non_negative, 1e-3, ["-1", "nan", "inf"]), (cli.fraction, 0.9, ["1", "-0.1", "nan"])])
-def test_types(kind, good, bad):
-    assert kind(str(good)) == good
-    for text in bad:
-        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-            kind(text)
 
 
 THEIRS = {"max_steps": 77, "batch_size": 6, "learning_rate": 0.5, "min_lr": 0.25, "lr_schedule": "exponential",

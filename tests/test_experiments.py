@@ -72,12 +72,6 @@ def test_mixtures_of_the_profit(tmp_path, name, expected):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_distance_from_the_front():
-    front = np.array([[3.0, 4.0], [3.2, 3.8]])  # token-weighted, unweighted
-    assert profit.behind_front(front, (3.2, 3.9)) == pytest.approx(0.05, abs=1e-3)  # (3.15, 3.85) is better in both
-    assert profit.behind_front(front, (2.9, 4.0)) == pytest.approx(-0.1, abs=1e-3)
-
-
 def test_an_answer_moves_with_its_tilt():
     """Tilts 1, 2 and 1/2 go onto (0.2, 0.2, 0.6): (0.2, 0.4, 0.3) / 0.9.  Without the third domain: (0.5, 1) / 1.5."""
     old, answer = np.array([0.5, 0.2, 0.3]), np.array([0.5, 0.4, 0.15]) / 1.05

@@ -8,18 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, TINY, read_alpha, run_here
+from conftest import ROOT, TINY, TRAINING, read_alpha, run_here
 from forked import Job, run_forked, wait_for_metrics
-from test_bad_input import EVEN, TRAINING, proxy_refused
-from test_bad_input import world as world
+from test_bad_input import EVEN, proxy_refused
 
 from common.cli import UserError
-from common.run import load_checkpoint, load_finished
+from common.run import load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
 
@@ -65,9 +63,9 @@ def test_a_run_does_not_save_over_another_ones_directory(tmp_path, world):
 
 
 @pytest.mark.parametrize("end", ["> /dev/full 2>&1", ">&- 2>&-", "2>&1 | true; exit ${PIPESTATUS[0]}"])
-def test_the_console_cannot_end_a_run(tmp_path, world, end):
+def test_the_console_cannot_end_a_run(tmp_path, data_dir, end):
     """A full disk, a closed stream, and a pipe like that of `| head`."""
-    flags = [*TINY, f"--data_dir={world.data}", f"--out_dir={tmp_path}/out"]
+    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out"]
     command = shlex.join(map(str, [sys.executable, ROOT / "train_reference.py", *flags]))
     subprocess.run(["bash", "-c", f"{command} {end}"], timeout=120, check=True)
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 12
@@ -77,13 +75,3 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_corrupt(world, monkeypat
     monkeypatch.setattr(torch, "load", mock.Mock(side_effect=OSError(errno.EIO, "Input/output error")))
     with pytest.raises(UserError, match="Input/output error"):
         load_checkpoint(world.reference, mapped=True)
-
-
-def test_a_resumed_run_lets_go_of_its_checkpoint(tmp_path, world):
-    """Else each save needs the disk for two, and fails on Windows."""
-    shutil.copytree(world.proxy, tmp_path / "out")
-    mapped = load_finished(tmp_path / "out", ("proxy",))
-    assert str(tmp_path) in Path("/proc/self/maps").read_text()  # what is mapped is seen there
-    del mapped
-    checkpoint = load_checkpoint(tmp_path / "out")  # as Run does
-    assert checkpoint and str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -40,47 +40,43 @@ def test_commands_run_on_a_small_data_set(tmp_path):
 
 
 FAKE = """#!/bin/sh
-# A python that writes down what it is asked to run. It imports if there is a file NAME.ready, has pip if NAME.pip
-echo "NAME $@" >> ROOT/asked
+# A python that writes down what it is asked to run. It imports if there is a file $0.ready, has pip if $0.pip
+echo "${0##*/} $@" >> asked
 case "$*" in
-    "-c import"*) [ -e ROOT/NAME.ready ];;
-    "-m pip --version") [ -e ROOT/NAME.pip ];;
-    "-m venv"*) mkdir -p ROOT/.venv/bin; cp ROOT/fake ROOT/.venv/bin/python; touch ROOT/venv.pip;;
-    "-m ensurepip") touch ROOT/venv.pip;;
+    "-c import"*) [ -e $0.ready ];;
+    "-m pip --version") [ -e $0.pip ];;
+    "-m venv"*) mkdir -p .venv/bin; cp $0 .venv/bin/python; touch .venv/bin/python.pip;;
+    "-m ensurepip") touch $0.pip;;
 esac
 """
 
 
-def run_demo(folder, *ready):
+def run_demo(folder, *files):
     """Run demo.sh with pythons that only write it down.  Return what was asked of them, imports apart."""
     for name in ("demo.sh", "requirements.txt", "environment.sh"):
         shutil.copy(ROOT / name, folder / name)
-    for name, file in ("base", "bin/python3"), ("venv", ".venv/bin/python"), ("uv", "bin/uv"), ("venv", "fake"):
-        if name in ready or name == "base" or file == "fake":
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(FAKE.replace("ROOT", str(folder)).replace("NAME", name))
-            (folder / file).chmod(0o755)
-    for name in ready:
-        (folder / name).touch()
+    for file in ("bin/python3", *files):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(FAKE)
+        (folder / file).chmod(0o755)
     env = {name: value for name, value in os.environ.items() if name != "PYTHON"}
     subprocess.run(["./demo.sh"], cwd=folder, check=True, env={**env, "PATH": f"{folder}/bin:/usr/bin:/bin"})
     asked = (folder / "asked").read_text().splitlines()
     return [line for line in asked if " -c " not in line and not line.endswith("--version")]
 
 
-INSTALL = "-m pip install -q -r requirements.txt"
+VENV, INSTALL = ".venv/bin/python", "-m pip install -q -r requirements.txt"
 
 
-@pytest.mark.parametrize("ready, asked", [
-    (["venv", "venv.ready"], []),  # made by uv: no pip in it, nothing to install
-    (["venv", "venv.pip", "base.ready"], []),  # the active environment
-    (["venv", "uv"], ["uv pip install -q --python .venv/bin/python -r requirements.txt"]),
-    (["venv"], ["venv -m ensurepip", f"venv {INSTALL}"]),  # killed while it was made
-    ([], ["base -m venv --clear .venv", f"venv {INSTALL}"])])
-def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, ready, asked):
-    found = run_demo(tmp_path, *ready)
+@pytest.mark.parametrize("files, python, asked", [
+    ([VENV, f"{VENV}.ready"], "python", []),  # made by uv: no pip in it, nothing to install
+    ([VENV, "bin/python3.ready"], "python3", []),  # the active environment
+    ([VENV, "bin/uv"], "python", ["uv pip install -q --python .venv/bin/python -r requirements.txt"]),
+    ([VENV], "python", ["python -m ensurepip", f"python {INSTALL}"]),  # killed while it was made
+    ([], "python", ["python3 -m venv --clear .venv", f"python {INSTALL}"])])
+def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, files, python, asked):
+    found = run_demo(tmp_path, *files)
     assert found[: len(asked)] == asked
-    python = "base" if "base.ready" in ready else "venv"
     ran = [line.removeprefix(f"{python} ").removesuffix(" --resume") for line in found[len(asked) :]]
     for command in PIPELINE:
         assert command in ran or command.startswith(("compare.py", "evaluate.py", "-m "))

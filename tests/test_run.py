@@ -2,17 +2,15 @@
 
 import json
 import math
-import re
 import shlex
 import signal
-from types import SimpleNamespace
 
 import pytest
-from conftest import TINY, read_metrics, run_here
+from conftest import read_metrics, run_here
 
 from common.run import NOT_COMPARED, Run, identity, read_config
 
-WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two runs of the same
+WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two world of the same
 DOMAINS = ["counting", "simple", "rich", "small"]
 
 
@@ -20,22 +18,10 @@ def comparable(run):
     return [{key: value for key, value in line.items() if key not in WORK} for line in read_metrics(run)]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, data_dir):
-    """A finished reference and a finished proxy, in float64."""
-    directory = tmp_path_factory.mktemp("runs")
-    reference, proxy = directory / "reference", directory / "proxy"
-    said = run_here("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}", "--dtype=float64",
-                    "--sampling_weights=0.1,0.2,0.3,0.4")
-    flags = [flag for flag in TINY if re.match("--(log|eval|save)_|--no-compile", flag)]
-    run_here("train_doremi.py", *flags, f"--reference={reference}", f"--out_dir={proxy}")
-    return SimpleNamespace(reference=reference, proxy=proxy, directory=directory, said=said.stdout)
-
-
 @pytest.mark.parametrize("name, own", [("reference", []), ("proxy", ["alpha", "excess"])])
-def test_metrics(runs, name, own):
+def test_metrics(world, name, own):
     """Steps of 12 sequences of 16 tokens: 192. A line every 3 steps, an evaluation every 6."""
-    lines = read_metrics(getattr(runs, name))
+    lines = read_metrics(getattr(world, name))
     assert lines.pop()["ended"] == "finished"
     training, evaluations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12] and len(training) == 4
@@ -45,7 +31,7 @@ def test_metrics(runs, name, own):
         assert all(list(line[key]) == DOMAINS for key in ["epochs", *own])
         assert min(line["domain_loss"].values()) <= line["loss"] <= max(line["domain_loss"].values())
         if name == "reference":  # without a terminal, a line for each
-            assert f"step {line['step']} of 12, loss {line['loss']:.3f}" in runs.said
+            assert f"step {line['step']} of 12, loss {line['loss']:.3f}" in world.said
     for line in evaluations:
         assert line["tokens"] == 192 * line["step"]
         assert line["val_loss_mean"] == pytest.approx(sum(line["val_loss"].values()) / 4)
@@ -58,17 +44,17 @@ def test_metrics(runs, name, own):
 
 @pytest.mark.parametrize("script, name", [("train_reference.py", "reference"), ("train_doremi.py", "proxy"),
                                           ("train_large.py", "reference")])
-def test_a_run_repeats_from_its_own_directory(runs, script, name):
-    first, again = getattr(runs, name), runs.directory / f"{script} again"  # a space, too
+def test_a_run_repeats_from_its_own_directory(world, tmp_path, script, name):
+    first, again = getattr(world, name), tmp_path / "it's # again"
     run_here(script, f"@{first}/flags.txt", f"--out_dir={again}")
     assert comparable(again) == comparable(first)
     flags = [(path / "flags.txt").read_text().splitlines() for path in (first, again)]
     assert [shlex.split(line) for a, line in zip(*flags, strict=True) if a != line] == [[f"--out_dir={again}"]]
 
 
-def test_identity_is_what_makes_a_run_this_experiment(runs):
+def test_identity_is_what_makes_a_run_this_experiment(world):
     """Every flag but those of places and machines; domains may be called as the config's own sections are."""
-    config = read_config(runs.proxy)
+    config = read_config(world.proxy)
     found = identity(config)
     assert not {"batch_size", "dtype", "eval_windows", "seed"} & NOT_COMPARED
     for name in config["flags"]:
@@ -83,17 +69,17 @@ def test_identity_is_what_makes_a_run_this_experiment(runs):
             section[name] = before
 
 
-def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
+def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(world, tmp_path, monkeypatch):
     """Under one id; its offline files hold every number as JSON."""
     pytest.importorskip("wandb")
-    out, record = runs.directory / "logged", Run.record
-    flags = [f"@{runs.proxy}/flags.txt", f"--out_dir={out}", "--wandb=offline"]
+    out, record = tmp_path / "logged", Run.record
+    flags = [f"@{world.proxy}/flags.txt", f"--out_dir={out}", "--wandb=offline"]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "record", lambda run, step, **tensors: (
             record(run, step, **tensors), step == 5 and signal.raise_signal(signal.SIGTERM)))
         run_here("train_doremi.py", *flags, status=143)
     run_here("train_doremi.py", *flags, "--resume")
-    assert comparable(out) == comparable(runs.proxy)
+    assert comparable(out) == comparable(world.proxy)
     files = list(out.glob("wandb/offline-run-*/*.wandb"))
     logged = b"".join(file.read_bytes() for file in files)
     assert len(files) == 2 and len({file.name for file in files}) == 1
