@@ -132,10 +132,8 @@ def judge(mutant):
             (folder / file).write_text(edited(mutant))
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": directory}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
-        try:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
-        except subprocess.TimeoutExpired:
-            return "a test that never ended"
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True,
+                              timeout=900)
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode > 1 or (done.returncode and not failed):
         raise RuntimeError(f"pytest broke, rather than a test: {done.stdout[-2000:]}{done.stderr[-2000:]}")

@@ -171,7 +171,7 @@ def wait(what):
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
 
-# ---- what PyTorch says of cards ------------------------------------------------------------------------------------
+# ---- what PyTorch says of cards ----
 
 
 class Stream:

@@ -8,15 +8,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, read_alpha, read_metrics
+from conftest import TINY, TRAINING, read_alpha, read_metrics
 from forked import distance, run_forked
 from test_resume import assert_same, left_by
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
-FLAGS = [flag for flag in TINY if flag != "--no-compile"]
-SHAPE = [flag for flag in FLAGS if flag.startswith(("--block_size", "--n_"))]
-OTHERS = [flag for flag in FLAGS if flag not in SHAPE]
+SHAPE = [flag for flag in TINY if flag not in TRAINING]
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +22,9 @@ def flags(tmp_path_factory, data_dir):
     """{script: its flags}; the proxy's reference is trained here."""
     reference = tmp_path_factory.mktemp("compiled") / "reference"
     common = [*SHAPE, f"--data_dir={data_dir}", "--dtype=bfloat16", "--sampling_weights=uniform"]
-    run_forked("train_reference.py", *common, *OTHERS, "--no-compile", f"--out_dir={reference}", "--max_steps=40")
-    return {"train_reference.py": [*common, *OTHERS, "--seed=5"],
-            "train_doremi.py": [f"--reference={reference}", *OTHERS, "--seed=5"]}
+    run_forked("train_reference.py", *common, *TRAINING, f"--out_dir={reference}", "--max_steps=40")
+    return {"train_reference.py": [*common, *TRAINING, "--seed=5"],
+            "train_doremi.py": [f"--reference={reference}", *TRAINING, "--seed=5"]}
 
 
 @pytest.fixture(scope="module")

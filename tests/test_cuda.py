@@ -11,17 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WITH_CARD, markov_dataset, read_alpha, read_metrics
+from conftest import ROOT, WITH_CARD, read_alpha, read_metrics
 from forked import distance
-from test_exactness import FLAGS, SHAPE, run_oracle, run_proxy
+from test_exactness import FLAGS, MODEL, SHAPE, make_world, run_oracle, run_proxy
 
 from common.ranks import Machine
 from common.run import load_finished
 from model import Transformer
 from sampler import load_dataset
 from train_reference import held_out_loss
-
-MODEL = [f"--{name}={value}" for name, value in SHAPE.items()]
 
 
 def python(code, status=0):
@@ -49,16 +47,7 @@ def launch():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, launch):
     """A function from dtype to a directory with data and a reference that was trained on the card."""
-    @functools.cache
-    def make(dtype):
-        directory = tmp_path_factory.mktemp(dtype)
-        domains = [(f"domain{i}", 1500, n) for i, n in enumerate([1, 2, 8, 3])]
-        data = markov_dataset(directory / "data", domains, 100, 5)
-        launch("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
-               *FLAGS, *MODEL, "--max_steps=20", "--seed=3", "--sampling_weights=uniform")
-        return directory
-
-    return make
+    return functools.cache(lambda dtype: make_world(tmp_path_factory.mktemp(dtype), "skewed", dtype, launch))
 
 
 @pytest.mark.parametrize("dtype, micro_batch_size, bound", [("float32", 24, 2e-6), ("float64", 12, 1e-12)])

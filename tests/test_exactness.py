@@ -1,8 +1,8 @@
 """Algorithm 1 is computed exactly, under every split into nodes, ranks and micro-batches.
 
-The product's runs are compared, step by step, with the oracle (oracle.py), which shares no code with them. Three data
-sets: `even`, four domains that fill every batch; `skewed`, whose rarest domain appears in one batch of eight; `many`,
-thirty domains for batches of 24, so some are absent at every step.
+The product's runs are compared, step by step, with oracle.py, which shares no code with them. Three data sets: `even`,
+four domains that fill every batch; `skewed`, whose rarest domain appears in one batch of eight; `many`, thirty domains
+for batches of 24, so some are absent at every step.
 """
 
 import functools
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
 
 BATCH, STEPS = 24, 20
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "n_ffn": 24}
+MODEL = [f"--{name}={value}" for name, value in SHAPE.items()]
 # At twice this learning rate, float32 rounding of the initial parameters alone moves the excess of `many` by 1e-4.
 FLAGS = [f"--batch_size={BATCH}", "--learning_rate=0.01", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
          "--log_interval=1", "--no-compile"]
@@ -35,21 +36,20 @@ SAMPLING = {"even": "uniform", "skewed": "0.9,0.075,0.02,0.005", "many": "unifor
 NUMBERS = itertools.count()  # of runs: each has its directory
 
 
+def make_world(directory, case, dtype, launch=run_forked):
+    """Write data to a directory, and train a reference that has learnt something of it."""
+    successors = [1, 2, 8, 3] if case != "many" else [1 + i % 9 for i in range(30)]
+    data = markov_dataset(directory / "data", [(f"domain{i}", 1500, n) for i, n in enumerate(successors)], 100, 5)
+    launch("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
+           *FLAGS, *MODEL, "--max_steps=40", "--seed=3", "--sampling_weights=uniform",
+           f"--lr_schedule={'exponential' if case == 'even' else 'cosine'}")
+    return directory
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A function from (case, dtype) to a directory that holds data, and a reference that has learnt some of it."""
-    @functools.cache
-    def make(case, dtype):
-        directory = tmp_path_factory.mktemp(f"{case}-{dtype}")
-        successors = [1, 2, 8, 3] if case != "many" else [1 + i % 9 for i in range(30)]
-        data = markov_dataset(directory / "data", [(f"domain{i}", 1500, n) for i, n in enumerate(successors)], 100, 5)
-        run_forked("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
-                   *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
-                   "--sampling_weights=uniform",
-                   f"--lr_schedule={'exponential' if case == 'even' else 'cosine'}")
-        return directory
-
-    return make
+    """A function from (case, dtype) to what make_world makes, once."""
+    return functools.cache(lambda case, dtype: make_world(tmp_path_factory.mktemp(f"{case}-{dtype}"), case, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +167,7 @@ def test_uniform_alpha_is_ordinary_training(world):
     directory = world("even", "float64")
     common = [f"--data_dir={directory}/data", *FLAGS, "--max_steps=5", "--seed=3",
               "--dtype=float64", "--sampling_weights=uniform", "--lr_schedule=cosine"]
-    run_forked("train_reference.py", f"--out_dir={directory}/plain", *common,
-               *(f"--{name}={value}" for name, value in SHAPE.items()))
+    run_forked("train_reference.py", f"--out_dir={directory}/plain", *common, *MODEL)
     run_forked("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={directory}/still", "--step_size=0",
                *common)
     plain, still = (torch.load(directory / name / "ckpt.pt", weights_only=True) for name in ("plain", "still"))

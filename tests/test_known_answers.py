@@ -1,17 +1,16 @@
 """DoReMi's answer where the right one is known beforehand.
 
-Five domains over a vocabulary of V = 46; all but the twins have tokens of their own, so that a model can tell them
-apart. What theory says of each before any run:
+Five domains over a vocabulary of V = 46; all but the twins have tokens of their own. What theory says of each:
 
   noise     16 tokens, drawn uniformly. The reference stops at the entropy, log 16; a new proxy's loss is log V: the
             excess starts at log(V / 16) = 1.06, the lowest of all. A high loss is no excess: alpha falls at once, and
             stays about 0 while there is something to learn elsewhere. At the end it may come back.
   trivial   counts 0 1 2 3 0 1 2 3. The reference's loss is 0, so the excess starts at log V = 3.83, the highest of all,
             and alpha jumps there. It is learnt within some tens of steps, and alpha leaves: alpha_bar is in between.
-  slow      the next token is a table of the last two (14 x 14 entries; two new tokens in every 16), which takes
-            attention and hundreds of steps. Its excess outlasts the others': alpha_bar is by far the largest.
-  twin_a,   one text twice, a chain with three equally likely successors, of entropy log 3: the excess starts at
-  twin_b    log(V / 3) = 2.73. Only the order of their windows differs, so alpha_bar is equal up to a random walk.
+  slow      the next token is a table of the last two (14 x 14 entries; two new tokens in every 16). It takes hundreds
+            of steps. Its excess outlasts the others': alpha_bar is by far the largest.
+  twin_a,   one text twice, a chain with three equally likely successors: the excess starts at log(V / 3) = 2.73.
+  twin_b    Only the order of their windows differs, so alpha_bar is equal up to a random walk.
 """
 
 import math

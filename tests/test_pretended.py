@@ -8,13 +8,12 @@ import torch
 from conftest import read_alpha
 from forked import Job, distance, run_forked
 from test_cuda import (  # noqa: F401
-    MODEL,
     test_checkpoint_needs_no_card,
     test_nothing_waits_between_log_lines,
     test_run_is_the_oracles,
     world,
 )
-from test_exactness import FLAGS
+from test_exactness import FLAGS, MODEL
 
 from common import ranks
 from common.run import read_config
