@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +170,6 @@ class Task:
     owner: np.ndarray  # (windows,) the answer that a window belongs to
     size: np.ndarray  # (answers,) bytes
     items: list  # (the right answer, [the wrong answers]), as places among the answers
-    across: int  # answers whose first token begins in the context
     sha256: str
 
     def n_tokens(self):
@@ -202,7 +200,7 @@ class Task:
 
 def encode_items(items, tokenizer, T, name):
     """Return the Task of these items, for models of T tokens.  Raises UserError for an answer without tokens."""
-    windows, owner, size, places, across = [], [], [], [], 0
+    windows, owner, size, places = [], [], [], []
     for item in items:
         right, wrong = None, []
         for context, answer, is_right in item:
@@ -213,7 +211,6 @@ def encode_items(items, tokenizer, T, name):
             if start == len(whole):
                 raise UserError(f"{name}: the tokenizer has no token for the answer {answer!r} after "
                                 f"{context[-40:]!r}; leave the item out")
-            across += start < len(before)
             for window in answer_windows([tokenizer.eot, *whole], 1 + start, T):
                 windows.append(window)
                 owner.append(len(size))
@@ -223,7 +220,7 @@ def encode_items(items, tokenizer, T, name):
                 wrong.append(len(size))
             size.append(len(answer.encode()))
         places.append((right, wrong))
-    return Task(windows, np.array(owner), np.array(size), places, across, sha256([windows, owner, size, places]))
+    return Task(windows, np.array(owner), np.array(size), places, sha256([windows, owner, size, places]))
 
 
 def common_start(before, whole):
@@ -321,9 +318,6 @@ def read_jobs(args, dataset):
         n = min(args.items or len(items), len(items))
         task = encode_items([items[j * len(items) // n] for j in range(n)], tokenizer, dataset.block_size, name)
         jobs.append(Job(name, "tasks", {name: task}))
-        if task.across:
-            notes.append(f"{name}: in {task.across} of {len(task.size)} answers a token lies across the end of the "
-                         "context; all of it counts as the answer's")
     return jobs, notes
 
 
@@ -373,6 +367,7 @@ def score_all(groups, jobs, folders, device):
             known[run] = [job.known(folders[run], checkpoint) for job in jobs]
             for job, content in zip(jobs, known[run]):
                 if names := [name for name in job.parts if name not in content["parts"]]:
+                    write_atomically(job.path(folders[run]), json.dumps(content) + "\n")  # fails before the work
                     todo.append((group.config, run, parameters, job, content, names))
                     total += sum(job.parts[name].n_tokens() for name in names)
     start, bar = time.perf_counter(), tqdm(total=total, unit=" tokens", unit_scale=True, disable=None if todo else True)
@@ -441,22 +436,6 @@ def draw_scores(groups, measures):
 # ---- the script ----
 
 
-def score_folders(runs, out_dir):
-    """Make and return {run: the folder of its scores}.  Raises UserError."""
-    folders = {run: (Path(out_dir) / run.resolve().name if out_dir else run) / "evaluation" for run in runs}
-    if len(set(folders.values())) < len(folders):
-        raise UserError(f"--out_dir={out_dir}: two of the runs have the same name; evaluate them one by one")
-    for folder in folders.values():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            cause = "a link to nowhere" if folder.is_symlink() and not folder.exists() else error.strerror
-            raise UserError(f"{folder} cannot be written ({cause}); with --out_dir=DIR, the scores of runs that may "
-                            "only be read go elsewhere") from None
-    return folders
-
-
 def main(argv=None):
     parser = cli.ArgumentParser(__doc__)
     add = parser.add_argument
@@ -484,7 +463,11 @@ def main(argv=None):
         check = dataset.check_tokenizer if args.data_dir else dataset.check_same_data
         check(path, config)
     jobs, notes = read_jobs(args, dataset)
-    known = score_all(groups, jobs, score_folders(configs, args.out_dir), device)
+    places = {run: Path(args.out_dir) / run.resolve().name if args.out_dir else run for run in configs}
+    folders = {run: place / "evaluation" for run, place in places.items()}
+    if len(set(folders.values())) < len(folders):
+        raise UserError(f"--out_dir={args.out_dir}: two of the runs have the same name; evaluate them one by one")
+    known = score_all(groups, jobs, folders, device)
 
     shown, accuracies = measures(groups, jobs, known)
     path = Path(args.out_dir or args.runs[-1]) / "evaluation.png"
@@ -496,7 +479,7 @@ def main(argv=None):
         notes.append(f"scored in {' and '.join(sorted(dtypes))}, which agrees with float32 to {AGREE} nats per token")
     for each in shown:
         compare.print_table(groups, each, compare.change_table(groups, each), compare.verdicts(groups, each))
-    if len(groups) > 1 and jobs[0].kind == "domains":
+    if len(groups) > 1 and jobs[0].kind == "domains" and not args.data_dir:
         notes.append("compare.py's losses are on fewer windows, those of training, and per token: where changes are "
                      "small, its verdict may be another")
     for line in (*accuracies, *(f"note: {note}" for note in [*compare.size_notes(groups), *notes])):

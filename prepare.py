@@ -13,13 +13,12 @@ next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/refer
 
 A .bin file holds little-endian token ids; each document begins with the end-of-text token. A hash of its text sends a
 document to train or val. Duplicates therefore never straddle the split, and order, domain and format do not matter.
-Hidden files are no data, and a file counts once, however many links lead to it. Rows without usable text are skipped
-and counted. OUT_DIR appears when everything is written, or not at all. For data that is already tokenized see
-tools/link.py.
+Hidden files are no data, nor is a README or LICENSE beside rows or domains. A file counts once, however many links lead
+to it. Rows without usable text are skipped and counted. OUT_DIR appears when everything is written, or not at all. For
+data that is already tokenized see tools/link.py.
 """
 
 import contextlib
-import errno
 import gzip
 import hashlib
 import heapq
@@ -30,7 +29,6 @@ import mmap
 import os
 import re
 import shlex
-import stat
 import unicodedata
 import zlib
 from collections import Counter, defaultdict, deque
@@ -52,11 +50,9 @@ GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at
 SAMPLE = 32 << 20  # bytes that a tokenizer is trained on, over all domains; it is tried on a sixteenth
 MEASURED = 4 << 20  # bytes of a file of rows from which the size of all its text is estimated
 PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
-MOST_DOMAINS = 2000
-SIDES = ("train", "val")
 
 ROWS = re.compile(r"(?i)\.((jsonl|ndjson|json)(\.(gz|xz|zst))?|parquet)$")
-BINARY = re.compile(r"(?i)\.(gz|tgz|xz|zst|zstd|bz2|lz4|zip|tar|7z|arrow|feather|orc|avro|np[yz]|bin|idx|ds|pdf|docx)$")
+SUFFIX = re.compile(rf"(?i)\.txt$|{ROWS.pattern[4:]}")
 KINDS = ".txt, .jsonl[.gz|.xz|.zst], .parquet"
 HIDDEN = re.compile(r"\.|_(SUCCESS|temporary|delta_log|(common_)?metadata|(committed|started)_\w+)$")  # dots; Spark's
 ABOUT = re.compile(r"(?i)((readme|licen[cs]es?|notice|copying|citation|changelog)(\.(txt|md|rst|cff))?|"
@@ -76,22 +72,29 @@ class Input(NamedTuple):
     kind: str  # rows, pieces (DOMAIN.txt), or document (a file of text in a domain's folder)
 
 
+def find_inputs(source, domain_key):
+    """List INPUT.  Raises UserError for whatever in it is no data, before anything is read."""
+    if source.startswith("hf:"):
+        return [Input(source, None if domain_key else Path(source).name, "rows")]
+    return mixed_rows(Path(source)) if domain_key else domain_entries(Path(source))
+
+
 def domain_entries(root):
     """List a directory with one entry per domain as Inputs."""
     inputs = []
-    for domain, entry, paths in files_by_domain(root, re.compile(rf"(?i)\.txt$|{ROWS.pattern[4:]}")):
+    for domain, entry, paths in files_by_domain(root, SUFFIX):
         if any(ROWS.search(path.name) for path in paths):
             paths = only_rows(paths)
         refuse_held_out(entry, paths)
         for path in paths:
             if ROWS.search(path.name):
                 kind = "rows"
-            elif path != entry and not BINARY.search(path.name):
+            elif path != entry:
                 kind = "document"
-            elif path == entry and path.suffix.lower() == ".txt":
+            elif path.suffix.lower() == ".txt":
                 kind = "pieces"
             else:
-                raise UserError(f"{path}: unknown file type; expected {'a folder, ' * (path == entry)}{KINDS}; {AWAY}")
+                raise UserError(f"{path}: unknown file type; expected a folder, {KINDS}; {AWAY}")
             inputs.append(Input(path, domain, kind))
     return inputs
 
@@ -107,12 +110,11 @@ def mixed_rows(root):
 
 def only_rows(paths):
     """Leave out files that describe the rows they lie beside.  Raises UserError for others that are no rows."""
-    for path in paths:
-        if ABOUT.match(path.name):
-            print_anywhere(f"skipping {path}: it describes the data")
-        elif not ROWS.search(path.name):
+    rows = [path for path in paths if not ABOUT.match(path.name)]
+    for path in rows:
+        if not ROWS.search(path.name):
             raise UserError(f"{path}: unknown file type among files of rows, {KINDS[6:]}; {AWAY}")
-    return [path for path in paths if not ABOUT.match(path.name)]
+    return rows
 
 
 def files_by_domain(root, suffix, beside=None):
@@ -124,16 +126,13 @@ def files_by_domain(root, suffix, beside=None):
     splits = any(TRAINING.search(entry.name) for entry in entries)
     domains, earlier = {}, {}
     for entry in entries:
-        if ABOUT.match(entry.name) and entry.is_file():
-            print_anywhere(f"skipping {entry}: it describes the data")
-            continue
-        if beside and beside.search(entry.name):
+        about = ABOUT.match(entry.name) and entry.is_file()
+        if about or (beside and beside.search(entry.name)):
             continue
         domain = domain_name(entry.name if entry.is_dir() else suffix.sub("", entry.name))
-        check_domain_name(domain, entry, domains)
+        refuse_look_alike(domain, entry, domains)
         if HELD_OUT.fullmatch(domain) or (splits and HELD_OUT.search(domain)):
-            raise UserError(f"{entry}: is named as held-out text, which would be a domain; put a domain's files into "
-                            "one folder, rename it, or remove it")
+            raise UserError(f"{entry}: is named as held-out text, which would be a domain; rename it, or remove it")
         seen = {}
         paths = sorted(walk(entry, seen), key=str)
         if not paths:
@@ -153,11 +152,8 @@ def domain_name(text):
     return unicodedata.normalize("NFC", " ".join(shown.split()))
 
 
-def check_domain_name(name, place, domains):
-    """Add {what the name looks like: (name, place)} to domains.  Raises UserError if it is no name for a new folder."""
-    own = name.lower() == "meta.json" or name.lower().startswith("tokenizer.")  # files in OUT_DIR
-    if own or name[:1] in (".", "") or len(folder_name(name)) > 200:
-        raise UserError(f"{place}: {name!r} cannot name a domain, for it names a folder in OUT_DIR; choose another")
+def refuse_look_alike(name, place, domains):
+    """Add {what the name looks like: (name, place)} to domains.  Raises UserError if another looks the same."""
     other, where = domains.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, place))
     if (other, where) != (name, place):
         raise UserError(f"domain {name!r} of '{place}' and {other!r} of '{where}' are the same or look alike; rename "
@@ -187,33 +183,28 @@ def visible(folder):
     try:
         entries = [entry for entry in os.scandir(folder) if not HIDDEN.match(entry.name)]
     except OSError as error:
-        raise UserError(f"{folder}: cannot be listed ({error.strerror}); check its name and its rights") from None
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); see --domain_key for mixed rows") from None
     return [Path(entry.path) for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))]
 
 
 def walk(path, seen):
     """Yield the files at and below a path, each once, whatever links lead to it; hidden ones never.
 
-    seen: {(device, inode): path} of what was met, which is added to.  Raises UserError for what cannot be read, and for
-    what is neither file nor folder.
+    seen: {(device, inode): path} of what was met, which is added to.  Raises UserError for a link to nothing.
     """
     try:
         status = path.stat()
-        if not os.access(path, os.R_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {AWAY}") from None
     identity = status.st_dev, status.st_ino
     if identity in seen:
         return
     seen[identity] = path
-    if stat.S_ISREG(status.st_mode):
+    if not path.is_dir():
         yield path
-    elif stat.S_ISDIR(status.st_mode):
-        for entry in visible(path):
-            yield from walk(entry, seen)
-    else:
-        raise UserError(f"{path}: is neither a file nor a folder; {AWAY}")
+        return
+    for entry in visible(path):
+        yield from walk(entry, seen)
 
 
 # ---- the documents in them -----------------------------------------------------------------------------------------
@@ -224,7 +215,7 @@ def read_rows(each, text_key, domain_key, skipped):
 
     Raises UserError where these are a thousand and half of the rows so far, or half of the file's rows.
     """
-    good, bad = 0, 0
+    good, bad, fault = 0, 0, None
     for place, row, _ in find_rows(each.path, [key for key in (text_key, domain_key) if key]):
         try:
             data = value_at(row, text_key).encode()
@@ -233,14 +224,13 @@ def read_rows(each, text_key, domain_key, skipped):
                 raise ValueError(f"field {domain_key!r} names the domain ''")
         except ValueError as error:
             bad += 1
-            if bad == 1:
-                fault = f"{place}: {error}"
+            fault = fault or f"{place}: {error}"
             skipped[f"rows of {each.path}, the first is {fault}"] += 1
             if bad >= max(good, 1000):
                 break
         else:
             good += 1
-            yield domain, data.removeprefix(BOM)  # a byte order mark is no part of a document
+            yield domain, data
     if bad and bad >= good:
         raise UserError(f"{fault}; {bad:,} of {good + bad:,} rows have no usable text")
 
@@ -250,39 +240,24 @@ def read_texts(each, text_key, skipped):
 
     A document of a folder that is not UTF-8 is counted in `skipped`, but one of DOMAIN.txt raises UserError.
     """
-    try:
-        documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
-        for number, data in enumerate(documents, 1):
-            data = data.removeprefix(BOM)
-            position = foreign_byte(data)
-            if position is None:
-                refuse_rows(data, f"{each.path}, document {number}", text_key)
-                yield each.domain, data
-            elif each.kind == "document":
-                skipped[f"files of domain {each.domain!r}, which are no text in UTF-8; convert them"] += 1
-            else:
-                raise UserError(f"{each.path}, document {number}: is no text in UTF-8: byte {data[position]:#x} at "
-                                f"position {position:,}; convert or remove it")
-    except OSError as error:
-        raise UserError(f"{each.path}: cannot be read: {error.strerror}") from None
-
-
-def text_size(each, text_key):
-    """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
-    size = each.path.stat().st_size
-    if each.kind != "rows":
-        return size
-    total = 0
-    for _, row, done in find_rows(each.path, [text_key]):
-        with contextlib.suppress(ValueError):
-            total += len(value_at(row, text_key).encode())
-        if done * size >= MEASURED:
-            return total / done
-    return total
+    rows = re.compile(rb'\{[^\n]*"%s":' % re.escape(text_key.encode()))
+    for number, data in enumerate([each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path), 1):
+        if rows.match(data):
+            raise UserError(f"{each.path}, document {number}: holds rows, not text; end its name in .jsonl")
+        try:
+            data.decode()
+            yield each.domain, data
+        except UnicodeDecodeError as error:
+            if each.kind == "pieces":
+                raise UserError(f"{each.path}, document {number}: {error}; convert or remove it") from None
+            skipped[f"files of domain {each.domain!r}, which are no text in UTF-8; convert them"] += 1
 
 
 def find_rows(path, keys):
-    """Yield (place, row, done): where a row is, for messages; its JSON; the part of the file that was read, 0 to 1."""
+    """Yield (place, row, done): where a row is, for messages; its JSON; the part of the file that was read, 0 to 1.
+
+    Raises UserError for a damaged file.
+    """
     place = path
     try:
         if str(path).startswith("hf:"):
@@ -298,7 +273,7 @@ def find_rows(path, keys):
 
 
 def json_rows(path):
-    """The rows of JSON lines, compressed or not."""
+    """Of JSON lines, compressed or not; done by the bytes of the file that were read."""
     open_lines = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}.get(path.suffix.lower(), io.BufferedReader)
     size = path.stat().st_size
     with open(path, "rb") as raw:
@@ -314,22 +289,20 @@ def open_zst(raw):
 def parquet_rows(path, keys):
     file = optional("pyarrow.parquet", path).ParquetFile(path)
     columns = [name for name in file.schema_arrow.names if any(f"{key}.".startswith(f"{name}.") for key in keys)]
-    number = 0
-    for batch in file.iter_batches(256, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}, row {number}", row, number / file.metadata.num_rows
+    rows = (row for batch in file.iter_batches(256, columns=columns) for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", row, number / file.metadata.num_rows
 
 
 def hub_rows(source):
-    """The rows of hf:OWNER/NAME[:CONFIG[:SPLIT]], of which nobody knows how many there are."""
+    """The rows of hf:OWNER/NAME[:CONFIG[:SPLIT]]."""
     parts = source.split(":")[1:]
-    name = parts[0]
-    config = parts[1] if len(parts) > 1 else None
+    config = parts[1] if len(parts) > 1 and parts[1] else None
     split = parts[2] if len(parts) > 2 else "train"
     load_dataset = optional("datasets", source).load_dataset
     try:
-        for number, row in enumerate(load_dataset(name, config or None, split=split, streaming=True), 1):
+        rows = load_dataset(parts[0], config, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
             yield f"{source}, row {number}", row, 0.0
     except Exception as error:  # what fails here is the network, the name or the data
         raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
@@ -343,18 +316,14 @@ def value_at(row, key):
     if not isinstance(row, dict):
         what = f"is not JSON ({row})" if isinstance(row, ValueError) else "is no JSON object"
         raise ValueError(f"{what}; expected an object on each line, not an array or one over several")
-    value, rest = row, key
-    while rest:
+    value = row
+    for name in [key] if key in row else key.split("."):
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
-        names = rest.split(".")
-        heads = [".".join(names[:n]) for n in range(len(names), 0, -1)]  # the longest first
-        head = next((head for head in heads if isinstance(value, dict) and head in value), None)
-        if head is None:
-            beneath = "" if isinstance(value, dict) else f" ({rest!r} of a {type(value).__name__})"
-            raise ValueError(f"has no field {key!r}{beneath}; name one that it has with --text_key or --domain_key")
-        value, rest = value[head], rest[len(head) + 1 :]
+        if not isinstance(value, dict) or name not in value:
+            raise ValueError(f"has no field {key!r}; name one that it has with --text_key or --domain_key")
+        value = value[name]
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError(f"field {key!r} is of type {type(value).__name__}; expected a string")
     return str(value)
@@ -376,47 +345,29 @@ def read_pieces(path):
             start = match.end()
 
 
-def foreign_byte(data):
-    """Return the position of the first byte that is no part of UTF-8, or None."""
-    for start, end in pairwise((0, *split_text(data, 1 << 20))):  # decoded whole, it takes up to four times its size
-        try:
-            data[start:end].decode()
-        except UnicodeDecodeError as error:
-            return start + error.start
-    return None
-
-
-def refuse_rows(data, place, text_key):
-    if data.startswith(b"{"):
-        for _, row in parse_lines([data.split(b"\n", 1)[0]]):
-            if isinstance(row, dict) and text_key in row:
-                raise UserError(f"{place}: holds rows, not text; end its name in .jsonl")
-
-
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def find_inputs(source, domain_key):
-    """List INPUT.  Raises UserError for whatever in it is no data, before anything is read."""
-    if source.startswith("hf:"):
-        return [Input(source, None if domain_key else hub_name(source), "rows")]
-    root = Path(source)
-    if domain_key:
-        return mixed_rows(root)
-    if root.is_file():
-        raise UserError(f"{root}: is one file; give a directory with one entry per domain, or rows and --domain_key")
-    return domain_entries(root)
-
-
-def hub_name(source):
-    return source.split(":")[1].split("/")[-1]
+def text_size(each, text_key):
+    """Return the bytes of text in an Input; of a large file of rows, an estimate from its beginning."""
+    size, total = each.path.stat().st_size, 0
+    if each.kind != "rows":
+        return size
+    for _, row, done in find_rows(each.path, [text_key]):
+        with contextlib.suppress(ValueError):
+            total += len(value_at(row, text_key).encode())
+        if done * size >= MEASURED:
+            return total / done
+    return total
 
 
 def share_out(inputs, text_key, max_bytes):
-    """Return the bytes to take of each Input, in proportion to the text in them: a sample keeps their proportions."""
+    """Return the bytes to take of each Input, in proportion to their text."""
     if not max_bytes:
         return [np.inf] * len(inputs)
-    sizes = [text_size(each, text_key) for each in inputs] if len(inputs) > 1 else [1]
+    if len(inputs) == 1:
+        return [max_bytes]
+    sizes = [text_size(each, text_key) for each in inputs]
     return [max_bytes * size / max(sum(sizes), 1) for size in sizes]
 
 
@@ -439,19 +390,16 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
                 skipped[f"empty documents of domain {domain!r}"] += 1
                 continue
             if domain not in names:
-                check_domain_name(domain, each.path, alike)
+                refuse_look_alike(domain, each.path, alike)
                 names.add(domain)
-                if len(names) > MOST_DOMAINS:
-                    raise UserError(f"{each.path}: more than {MOST_DOMAINS} domains; is --domain_key={domain_key} "
-                                    "right?")
+            data = data.removeprefix(BOM)
             yield domain, data
             taken += len(data)
             if taken >= budget:
                 break
     for each in inputs:
         if each.domain not in names and (each.domain or not names):
-            raise UserError(f"{each.path}: gives no document of text in UTF-8; add some, remove it, or raise "
-                            "--max_bytes")
+            raise UserError(f"{each.path}: gives no text in UTF-8; add some, remove it, or raise --max_bytes")
 
 
 def text_hash(data):
@@ -496,10 +444,9 @@ def check_characters(tokenizer, documents):
         total[domain] += len(before)
         lost[domain] += Counter(before) - Counter(after)
     for domain, characters in lost.items():
-        share = characters.total() / total[domain]
         if characters:
-            words = (f"domain {domain!r}: {tokenizer.name} loses {share:.2%} of the characters, such as "
-                     f"{max(characters, key=characters.get)!r}")
+            share, example = characters.total() / total[domain], max(characters, key=characters.get)
+            words = f"domain {domain!r}: {tokenizer.name} loses {share:.2%} of the characters, such as {example!r}"
             if share > 0.01:
                 raise UserError(f"{words}; choose a tokenizer that has them, or one with byte fallback")
             print_anywhere(words)
@@ -513,11 +460,9 @@ class Bins:
     """A domain's train.bin while it is written, and what goes into val.bin at the end: `max_val_tokens` in memory."""
     folder: Path
     limit: float  # documents of smaller hash are held out
-    documents: int = 0  # in train.bin
-    tokens: int = 0
-    bytes: int = 0  # of text
+    train: Counter = field(default_factory=Counter)  # tokens, documents, bytes of text
+    val: Counter = field(default_factory=Counter)
     held_out: list = field(default_factory=list)  # (hash, ids, bytes of text)
-    held_out_tokens: int = 0
 
     def add(self, documents, args):
         """Add documents, (bytes, ids) pairs.  train.bin is open only meanwhile, for there may be many domains."""
@@ -526,23 +471,23 @@ class Bins:
                 hashed = text_hash(data)
                 if hashed >= args.val_fraction:
                     file.write(ids.data)
-                    self.documents += 1
-                    self.tokens += len(ids)
-                    self.bytes += len(data)
+                    self.train.update(tokens=len(ids), documents=1, bytes=len(data))
                 elif hashed < self.limit:
                     self.held_out.append((hashed, ids, len(data)))
-                    self.held_out_tokens += len(ids)
-        while self.held_out_tokens > args.max_val_tokens and len(self.held_out) > 1:
+                    self.val.update(tokens=len(ids), documents=1, bytes=len(data))
+        while self.val["tokens"] > args.max_val_tokens and len(self.held_out) > 1:
             # What this leaves out goes nowhere: in train.bin it could be a copy of what another domain holds out
             self.limit /= 2
             self.held_out = [document for document in self.held_out if document[0] < self.limit]
-            self.held_out_tokens = sum(len(ids) for _, ids, _ in self.held_out)
+            self.val.clear()
+            for _, ids, size in self.held_out:
+                self.val.update(tokens=len(ids), documents=1, bytes=size)
 
     def finish(self, domain, args):
         """Write val.bin, and return the domain's entry in meta.json.  Raises UserError for an empty side."""
-        for side, number in ("train", self.documents), ("val", len(self.held_out)):
-            if not number:
-                total = self.documents + len(self.held_out)
+        for side, counts in ("train", self.train), ("val", self.val):
+            if not counts["documents"]:
+                total = self.train["documents"] + self.val["documents"]
                 raise UserError(f"domain {domain!r}: none of its {total} documents falls in {side} at --val_fraction="
                                 f"{args.val_fraction}; give it more or shorter documents, or change the fraction")
         if self.limit < args.val_fraction:
@@ -550,19 +495,17 @@ class Bins:
                            f"{args.max_val_tokens}; train on most of the others with --val_fraction={self.limit:.3g}")
         with open(self.folder / "val.bin", "wb") as file:
             file.writelines(ids.data for _, ids, _ in self.held_out)
-        return {"train_tokens": self.tokens, "val_tokens": self.held_out_tokens,
-                "train_documents": self.documents, "val_documents": len(self.held_out),
-                "train_bytes": self.bytes, "val_bytes": sum(size for _, _, size in self.held_out)}
+        entry = {}
+        for what in "tokens", "documents", "bytes":
+            entry |= {f"train_{what}": self.train[what], f"val_{what}": self.val[what]}
+        return entry
 
 
 def write_bins(documents, folder, tokenizer, dtype, args):
-    """Encode documents, (domain, bytes) pairs, and write them in their order.  Returns the "domains" of meta.json."""
+    """Encode documents, (domain, bytes) pairs, and write them in order.  Return the "domains" of meta.json."""
     bins = {}
     for group in encode_documents(documents, tokenizer, dtype, args.workers):
-        by_domain = defaultdict(list)
-        for domain, data, ids in group:
-            by_domain[domain].append((data, ids))
-        for domain, part in by_domain.items():
+        for domain, part in group.items():
             if domain not in bins:
                 bins[domain] = Bins(folder / folder_name(domain), args.val_fraction)
                 bins[domain].folder.mkdir()
@@ -571,9 +514,14 @@ def write_bins(documents, folder, tokenizer, dtype, args):
 
 
 def encode_documents(documents, tokenizer, dtype, workers):
-    """Yield lists of (domain, bytes, ids) in the order of the documents.  At most 2 * workers lists are read ahead."""
+    """Yield {domain: [(bytes, ids)]} in the order of the documents.  At most 2 * workers of these are read ahead."""
+    mark = np.array([tokenizer.eot], dtype)
+
     def encode(group):
-        return [(domain, data, encode_document(tokenizer, data, dtype)) for domain, data in group]
+        by_domain = defaultdict(list)
+        for domain, data in group:
+            by_domain[domain].append((data, np.append(mark, tokenizer.encode(data).astype(dtype))))
+        return by_domain
 
     with ThreadPoolExecutor(workers) as pool:
         waiting, group, size = deque(), [], 0
@@ -590,20 +538,12 @@ def encode_documents(documents, tokenizer, dtype, workers):
             yield waiting.popleft().result()
 
 
-def encode_document(tokenizer, data, dtype):
-    ids = tokenizer.encode(data)
-    document = np.empty(len(ids) + 1, dtype)
-    document[0] = tokenizer.eot
-    document[1:] = ids
-    return document
-
-
 def write_meta(folder, tokenizer, dtype, domains):
     """Write the tokenizer's file, and meta.json last."""
     if tokenizer.file:
         (folder / tokenizer.file[0]).write_bytes(tokenizer.file[1])
     for domain, entry in domains.items():
-        for side in SIDES:
+        for side in "train", "val":
             path = folder / folder_name(domain) / f"{side}.bin"
             entry[f"{side}_sha256"] = sample_sha256(path, entry[f"{side}_tokens"] * dtype.itemsize)
     meta = {"format": DATA_FORMAT, "tokenizer": tokenizer.name, "tokenizer_sha256": tokenizer.sha256,
@@ -623,41 +563,27 @@ def print_table(domains, out_dir):
                    "--out_dir=checkpoints/reference")
 
 
-def input_name(text):
-    return text if text.startswith("hf:") else cli.path(text)
-
-
-def parse_args():
-    parser = cli.ArgumentParser(__doc__)
-    data = parser.add_argument_group("data").add_argument
-    data("input", metavar="INPUT", type=input_name, help="see above")
-    data("--out_dir", type=cli.path, help="the data set to make (default: data/NAME, after INPUT)")
-    data("--text_key", default="text", help="field of a row that holds its text, or dotted path (default: %(default)s)")
-    data("--domain_key", help="field of a row that names its domain, or dotted path, such as meta.pile_set_name")
-    data("--max_bytes", type=cli.positive, help="bytes of text to take in all, from the beginning of each file and in "
-         "proportion to their text (default: all)")
-    data("--val_fraction", type=cli.fraction, default=0.05, help="share of documents held out (default: %(default)s)")
-    data("--max_val_tokens", type=cli.positive, default=10_000_000, help="tokens that a domain holds out at most: its "
-         "fraction is halved until it does (default: %(default)s)")
-    tokens = parser.add_argument_group("tokens").add_argument
-    tokens("--tokenizer", type=tokenizer_name, default="train:512", help="train:N trains one of N tokens, end of text "
-           "included, on equal parts of all domains; a tiktoken name such as gpt2; FILE.tiktoken, which always splits "
-           "words by GPT-4's rule: its owner's rule is not in it, and may give other ids; a tokenizer.json; bytes "
-           "(default: %(default)s, which suits the demo's small models)")
-    tokens("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the one of {', '.join(EOT_NAMES)})")
-    machine = parser.add_argument_group("machine").add_argument
-    machine("--workers", type=cli.positive, default=os.cpu_count(), help="threads (default: one per core)")
-    args = parser.parse_args()
-    if not args.val_fraction:
-        raise UserError("--val_fraction=0: expected a number between 0 and 1, such as 0.05")
-    if args.out_dir is None:
-        name = hub_name(args.input) if args.input.startswith("hf:") else Path(args.input).resolve().name
-        args.out_dir = Path("data", ROWS.sub("", name))
-    return args
-
-
 def main():
-    args = parse_args()
+    parser = cli.ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("input", metavar="INPUT", type=cli.path, help="see above")
+    add("--out_dir", type=cli.path, help="the data set to make (default: data/NAME, after INPUT)")
+    add("--text_key", default="text", help="field of a row that holds its text, or dotted path (default: %(default)s)")
+    add("--domain_key", help="field of a row that names its domain, or dotted path, such as meta.pile_set_name")
+    add("--max_bytes", type=cli.positive, help="bytes of text to take in all, from the beginning of each file, in "
+        "proportion to their text (default: all)")
+    add("--val_fraction", type=cli.fraction, default=0.05, help="share of documents held out (default: %(default)s)")
+    add("--max_val_tokens", type=cli.positive, default=10_000_000, help="tokens that a domain holds out at most: its "
+        "fraction is halved until it does (default: %(default)s)")
+    add("--tokenizer", type=tokenizer_name, default="train:512", help="train:N trains one of N tokens, end of text "
+        "included, on equal parts of all domains; a tiktoken name such as gpt2; FILE.tiktoken, which always splits "
+        "words by GPT-4's rule: its owner's rule is not in it, and may give other ids; a tokenizer.json; bytes "
+        "(default: %(default)s, which suits the demo's small models)")
+    add("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the one of {', '.join(EOT_NAMES)})")
+    add("--workers", type=cli.positive, default=os.cpu_count(), help="threads (default: one per core)")
+    args = parser.parse_args()
+    if args.out_dir is None:
+        args.out_dir = Path("data", ROWS.sub("", Path(args.input).resolve().name))
     inputs = find_inputs(args.input, args.domain_key)
     skipped = Counter()
 

@@ -85,8 +85,7 @@ def load_dataset(directory, block_size):
     """Map data/NAME as windows of block_size + 1 tokens.  Raises UserError for bins that are not meta.json's."""
     path = Path(directory) / "meta.json"
     if not path.exists():
-        raise UserError(f"{path} does not exist: make {directory} with prepare.py, or if it was moved, name its place "
-                        "with --data_dir")
+        raise UserError(f"{path} does not exist: make it with prepare.py, or name the data's place with --data_dir")
     meta = read_json(path, "prepare the data set again")
     if meta.get("format") != DATA_FORMAT:
         raise UserError(f"{path} is of format {meta.get('format')}, not {DATA_FORMAT}; prepare the data set again")
@@ -100,8 +99,7 @@ def load_dataset(directory, block_size):
             size = counts.get(f"{split}_file_bytes", n_tokens * dtype.itemsize)  # see tools/link.py
             windows.append(map_windows(file, size, n_tokens, dtype, block_size))
             if sample_sha256(file, n_tokens * dtype.itemsize) != counts[f"{split}_sha256"]:
-                raise UserError(f"{file} holds other tokens than those that meta.json describes; prepare the data set "
-                                "again")
+                raise UserError(f"{file} holds other tokens than meta.json describes; prepare the data set again")
     return Dataset(str(directory), meta, block_size, tuple(meta["domains"]), *map(tuple, splits.values()))
 
 
@@ -126,8 +124,7 @@ def map_windows(path, size, n_tokens, dtype, block_size):
         raise UserError(f"{path} {cause}; put it back, or prepare the data set again (link it, if it was linked)")
     found = path.stat().st_size
     if found != size or n_tokens * dtype.itemsize > found:
-        raise UserError(f"{path} has {found:,} bytes where meta.json promises {size:,} for {n_tokens:,} tokens: it is "
-                        "truncated or not the prepared file; prepare the data set again")
+        raise UserError(f"{path} has {found:,} bytes where meta.json promises {size:,}; prepare the data set again")
     n = (n_tokens - 1) // block_size
     if n < 1:
         raise UserError(f"{path}: domain '{path.parent.name}' has {n_tokens:,} tokens in {path.name}, fewer than one "
@@ -135,17 +132,16 @@ def map_windows(path, size, n_tokens, dtype, block_size):
     try:
         tokens = np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
-        raise UserError(f"{path} cannot be mapped ({error.strerror}); give this user the right to read it, or allow "
-                        "more open files with: ulimit -n 8192") from None
+        raise UserError(f"{path} cannot be mapped ({error.strerror}); if files are too many, ulimit -n 8192") from None
     strides = (block_size * dtype.itemsize, dtype.itemsize)
     return np.lib.stride_tricks.as_strided(tokens, (n, block_size + 1), strides, writeable=False)
 
 
 def check_vocabulary(rows, vocab_size, path):
-    """Raises UserError where a token id has no row in the embedding."""
+    """Raise UserError where a token id has no row in the embedding."""
     if rows.size and int(rows.max()) >= vocab_size:
-        raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}: they "
-                        "are of different tokenizers; prepare the data set again")
+        raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}; "
+                        "prepare the data set again")
 
 
 # ---- sampling weights ------------------------------------------------------------------------------------------------
@@ -198,19 +194,14 @@ def one_mixture(spec, dataset, planned_tokens):
             weights = np.array([float(part) for part in spec.split(",")])
     except ValueError as error:
         raise UserError(f"'{spec}' is no mixture ({error}); expected uniform, token_count, temperature:P, "
-                        "unimax:EPOCHS, a FILE.json, or numbers in the order of meta.json, e.g. 0.2,0.8") from None
+                        "unimax:EPOCHS, FILE.json, or numbers in the order of meta.json") from None
     if len(weights) != k:
         raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
                         f"{', '.join(dataset.domains)}")
-    for name, weight in zip(dataset.domains, weights):
-        if not 0 <= weight < np.inf:
-            raise UserError(f"{spec}: the weight of '{name}' is {weight}; it must be a finite number >= 0")
-    with np.errstate(over="ignore"):
-        total = weights.sum()
-    if not 0 < total < np.inf:
-        raise UserError(f"{spec}: the weights sum to {total}; at least one domain must have a positive weight, "
-                        "and the sum must be finite")
-    return weights / total
+    check_weights(spec, dict(zip(dataset.domains, weights.tolist())))
+    if not weights.any():
+        raise UserError(f"{spec}: the weights sum to 0; at least one domain must have a positive weight")
+    return weights / weights.sum()
 
 
 def weights_from_json(path, dataset):
@@ -232,7 +223,7 @@ def weights_from_json(path, dataset):
 
 
 def check_weights(path, weights):
-    """Raise UserError unless a part of a user's file is {DOMAIN: weight}, with finite weights >= 0."""
+    """Raise UserError unless what a user gave is {DOMAIN: weight}, with finite weights >= 0."""
     if not isinstance(weights, dict):
         raise UserError(f"{path}: {shown(weights, 60)} is no object {{DOMAIN: weight}}")
     for name, weight in weights.items():
@@ -377,17 +368,15 @@ class Sampler:
         """This rank's slots of the batch that follows `state`, copied out of the memory maps."""
         domain, window, after = self.slots(state)
         domain, window = domain[self.rank :: self.world_size], window[self.rank :: self.world_size]
-        k, dtype = len(self.dataset.domains), self.dataset.train[0].dtype
+        dtype = self.dataset.train[0].dtype
         tokens = torch.empty(len(domain), self.dataset.block_size + 1, dtype=getattr(torch, dtype.name),
                              pin_memory=self.pin_memory)
         rows = tokens.numpy()
-        by_domain = np.split(np.argsort(domain, kind="stable"), np.cumsum(np.bincount(domain, minlength=k))[:-1])
-        for windows, mine in zip(self.dataset.train, by_domain):
-            rows[mine] = windows[window[mine]]
-        if rows.max() >= self.dataset.vocab_size:
-            for i in np.unique(domain):
-                check_vocabulary(rows[domain == i], self.dataset.vocab_size,
-                                 f"{self.dataset.directory}/{self.dataset.domains[i]}/train.bin")
+        for i in np.unique(domain):
+            mine = domain == i
+            rows[mine] = self.dataset.train[i][window[mine]]
+            path = f"{self.dataset.directory}/{self.dataset.domains[i]}/train.bin"
+            check_vocabulary(rows[mine], self.dataset.vocab_size, path)
         domain = torch.from_numpy(domain)
         return Batch(tokens, domain.pin_memory() if self.pin_memory else domain, after)
 
@@ -407,9 +396,6 @@ class Sampler:
         return {"step": self.state["step"], "drawn": list(self.state["drawn"])}
 
     def load_state_dict(self, state):
-        if len(state["drawn"]) != len(self.dataset.domains):
-            raise UserError(f"ckpt.pt: the sampler drew from {len(state['drawn'])} domains, the data set has "
-                            f"{len(self.dataset.domains)}; delete it to start again")
         self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None
         self.warned = set(np.flatnonzero(self.epochs() > 4).tolist())
 

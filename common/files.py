@@ -4,7 +4,6 @@ import contextlib
 import glob
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -30,10 +29,8 @@ def read_json(path, remedy):
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=unique_names)
         if not isinstance(value, dict):
             raise ValueError(f"no object: {shown(value, 60)}")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {remedy}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({shorter(error)}); {remedy}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({shorter(error)}); {remedy}") from None
     return value
 
 
@@ -53,11 +50,12 @@ def parse_lines(file):
 
 def unique_names(pairs):
     """Make an object of JSON.  Raises ValueError where a name stands twice: json takes the last in silence."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} stands twice")
-    return dict(pairs)
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r} stands twice")
+        found[name] = value
+    return found
 
 
 def shorter(error, width=120):
@@ -137,15 +135,10 @@ def write_atomically(path, content):
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if is_of_the_file(error):
+        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):  # as torch.save calls a full disk
             raise UserError(f"{path} could not be written ({shorter(error)}); free space or choose another place, "
                             "then run the same command again") from None
         raise
-
-
-def is_of_the_file(error):
-    """Whether an error is the system's about this file.  torch.save may hide a full disk in a RuntimeError."""
-    return isinstance(error, OSError) or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
 
 
 @contextlib.contextmanager
@@ -167,8 +160,7 @@ def staged(out_dir):
         (staging / "inside").rmdir()
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(f"{out_dir}: a folder cannot be made and renamed there ({error.strerror}); choose another "
-                        "place") from None
+        raise UserError(f"{out_dir}: cannot be made and renamed ({error.strerror}); choose another place") from None
     handlers = {}
     for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -187,10 +179,4 @@ def staged(out_dir):
     try:
         staging.rename(target)
     except OSError as error:
-        raise UserError(f"{staging}: is finished, but cannot be renamed to {target} ({error.strerror}); rename it "
-                        "yourself") from None
-
-
-def finite(value):
-    """Return a float as JSON can have it: None in place of NaN and infinities."""
-    return float(value) if math.isfinite(value) else None
+        raise UserError(f"{staging}: is finished; rename it to {target} yourself ({error.strerror})") from None

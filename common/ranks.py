@@ -124,10 +124,8 @@ class Fetched:
 
 def peak_flops(name):
     """FLOP/s of a card in dense bfloat16; None of a card that is not known, or of a part of one."""
-    if "MIG" in name or "Laptop" in name:
-        return None
-    known = [flops for card, flops in PEAKS.items() if card in name]
-    return known[0] if known else None
+    whole = "MIG" not in name and "Laptop" not in name
+    return next((flops for card, flops in PEAKS.items() if whole and card in name), None)
 
 
 def pick_device(name, local_rank=0, local_world_size=1):
@@ -163,15 +161,15 @@ def pick_device(name, local_rank=0, local_world_size=1):
 def ranks_of_environment():
     """(rank, world_size, local_rank, local_world_size) as torchrun sets them, or those of a single process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        return 0, 1, 0, 1
     found = [os.environ.get(name, "nothing") for name in names]
-    if os.environ.get("WORLD_SIZE") == "1" and found[0] == "0":
+    if found[:2] in (["nothing", "nothing"], ["0", "1"]):
         return 0, 1, 0, 1
-    if not all(text.isdecimal() for text in found) or int(found[0]) >= int(found[1]) or int(found[1]) % int(found[3]):
-        told = ", ".join(f"{name}={text}" for name, text in zip(names, found))
-        raise UserError(f"the environment has {told}; start with torchrun, which sets all four, or unset them")
-    return tuple(map(int, found))
+    if all(text.isdecimal() for text in found):
+        rank, world_size, local_rank, local_world_size = map(int, found)
+        if rank < world_size and local_rank < local_world_size and world_size % local_world_size == 0:
+            return rank, world_size, local_rank, local_world_size
+    told = ", ".join(f"{name}={text}" for name, text in zip(names, found))
+    raise UserError(f"the environment has {told}; start with torchrun, which sets all four, or unset them")
 
 
 def setup(args):
@@ -233,35 +231,30 @@ def meet(device, timeout):
 
 
 def run(main):
-    """cli.run for a script that may be one rank of several, on a card that may be too small."""
+    """cli.run for a script that may be one rank of several, on a card that may be too small.
+
+    A rank that fails ends at once: leaving the group in order takes all ranks, and it would wait for them.
+    """
+    def explained():
+        try:
+            main()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"the card's memory is full ({str(error).split('. ')[0]}); lower --micro_batch_size, add "
+                            "--activation_checkpointing, or use more cards") from None
+
     try:
-        cli.run(lambda: explain_memory(main))
-    except SystemExit as end:
-        if end.code == 2 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        cli.run(explained)
+    except BaseException as error:
+        status = error.code if isinstance(error, SystemExit) else 1
+        if status == 2 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             os.kill(os.getppid(), signal.SIGTERM)  # torchrun would repeat what cannot succeed
-        if end.code and dist.is_initialized():
-            abandon_ranks(end.code)
-        raise
-    except Exception:
         if not dist.is_initialized():
             raise
-        traceback.print_exc()
-        abandon_ranks(1)
-
-
-def explain_memory(main):
-    try:
-        main()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the card's memory is full ({str(error).split('. ')[0]}); lower --micro_batch_size, add "
-                        "--activation_checkpointing, or use more cards") from None
-
-
-def abandon_ranks(status):
-    """End this process at once: leaving the group in order takes all ranks, and one that failed would wait for them."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def keep_freed_memory():

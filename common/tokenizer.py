@@ -62,14 +62,11 @@ def load_tokenizer(spec, eot_token=None, sample=None):
             return from_json(spec, Path(spec).read_bytes(), eot_token)
         if spec in tiktoken.list_encoding_names():
             return from_tiktoken(tiktoken.get_encoding(spec))
-    except OSError as error:  # of a file, or of tiktoken's download
-        raise UserError(f"--tokenizer={spec}: cannot be read ({error.strerror or type(error).__name__}); without a "
-                        "network, set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
-    except ValueError as error:
-        raise UserError(f"--tokenizer={spec}: cannot be used ({shorter(error)}); if its download is damaged, repeat it"
-                        ) from None
-    known = ", ".join(["bytes", "train:N", "FILE.tiktoken", "FILE.json", *tiktoken.list_encoding_names()])
-    raise UserError(f"--tokenizer={spec}: unknown; expected one of {known}")
+    except (OSError, ValueError) as error:  # of a file, or of tiktoken's download
+        raise UserError(f"--tokenizer={spec}: cannot be read ({shorter(error)}); repeat a damaged download, or without "
+                        "a network set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
+    raise UserError(f"--tokenizer={spec}: unknown; expected bytes, train:N, FILE.tiktoken, FILE.json, or one of "
+                    f"{', '.join(tiktoken.list_encoding_names())}")
 
 
 def data_tokenizer(dataset):
@@ -108,8 +105,7 @@ def read_merges(spec):
     except ValueError:
         merges = {}
     if sorted(merges.values()) != list(range(len(merges))) or not all(bytes([byte]) in merges for byte in range(256)):
-        raise UserError(f"--tokenizer={spec}: not a .tiktoken file, or a damaged one: expected ranks 0, 1, 2, ... "
-                        "and all single bytes")
+        raise UserError(f"--tokenizer={spec}: not a .tiktoken file, or a damaged one; download it again")
     return merges
 
 
@@ -141,8 +137,7 @@ def parse_json(spec, data):
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises no other class
-        raise UserError(f"--tokenizer={spec}: not a tokenizer.json, or a damaged one ({shorter(error)}); download it "
-                        "again") from None
+        raise UserError(f"--tokenizer={spec}: not a tokenizer.json, or a damaged one ({shorter(error)})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # names of special tokens are text
@@ -156,12 +151,12 @@ def from_json(spec, data, eot_token):
     tokenizer = parse_json(spec, data)
     ids = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    found = [name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids]
+    names = [eot_token] if eot_token else EOT_NAMES
+    found = [name for name in names if name in ids]
     found = [name for name in found if name in special] or found
-    if not found:
-        raise UserError(f"--tokenizer={spec}: has no token {eot_token or ', '.join(EOT_NAMES)}; see --eot_token")
-    if len(found) > 1:
-        raise UserError(f"--tokenizer={spec}: has {' and '.join(found)}; name the right one with --eot_token")
+    if len(found) != 1:
+        raise UserError(f"--tokenizer={spec}: has {' and '.join(found) or 'none'} of {', '.join(names)}; name its "
+                        "end-of-text token with --eot_token")
     eot = found[0]
     return Tokenizer(
         Path(spec).name, hashlib.sha256(data + eot.encode()).hexdigest(), max(ids.values()) + 1, ids[eot],

@@ -1,11 +1,10 @@
-"""Print the numbers of docs/theory.md that `experiments.theory report` does not, from the committed results alone.
+"""Print b, D and the tilt of each domain, which `experiments.theory report` does not.
 
-    python -m experiments.details                   everything, of experiments/results
-    python -m experiments.details RESULTS.jsonl     b, D and the tilt of each domain, of your own measurements
+    python -m experiments.details                   of the two corpora in experiments/results
+    python -m experiments.details RESULTS.jsonl     of your own measurements
 """
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,6 @@ from common.cli import UserError
 from experiments.theory import LOOKS, own_slope, predict, read
 
 RESULTS = Path(__file__).parent / "results"
-CORPORA = ("twelve", "demo")
-STEPS = 6400
 
 
 def by_seed(lines, steps, reference):
@@ -68,70 +65,10 @@ def print_domains(corpus, lines, steps):
               + ", ".join(f"{other} {distance:.3f}" for other, distance in others.items()))
 
 
-def print_longer(lines):
-    for reference in LOOKS:
-        short, long = by_seed(lines, STEPS, reference), by_seed(lines, 4 * STEPS, reference)
-        moved = [total_variation(short[seed]["last_half"], long[seed]["last_half"]) for seed in short.keys() & long]
-        print(f"reference on {reference}, last half at {4 * STEPS:,} steps to that at {STEPS:,}, by seed: "
-              + ", ".join(f"{x:.3f}" for x in moved))
-
-
-def print_transient(corpus, lines):
-    for reference in LOOKS:
-        left = {steps: np.mean([total_variation(line["answer"], line["last_half"])
-                                for line in by_seed(lines, steps, reference).values()])
-                for steps in (1600, 6400, 25_600) if by_seed(lines, steps, reference)}
-        print(f"{corpus}, reference on {reference}, answer to last half: " + ", ".join(
-            f"{left[a] / left[b]:.2f} times smaller from {a:,} to {b:,} steps" for a, b in itertools.pairwise(left)))
-
-
-def print_rounds():
-    rounds = {}  # (start, step size, steps): the rounds' answers and references, in order
-    for line in read_lines("rounds-twelve"):
-        rounds.setdefault((line["start"], line["step_size"], line["steps"]), []).append(line)
-    print("\n| start | step size | steps of a round | moves, total variation | largest move of a weight "
-          "| factbook_json + plays_ru at the end |\n|" + " --- |" * 6)
-    changes = {}  # of the long rounds
-    for (start, step_size, steps), group in rounds.items():
-        answers = np.array([list(line["answer"].values()) for line in group])
-        references = np.array([list(line["reference"].values()) for line in group])
-        moves = ", ".join(f"{x:.3f}" for x in total_variation(answers, references))
-        largest = ", ".join(f"{x:.3f}" for x in np.abs(answers - references).max(axis=1))
-        easy = group[-1]["answer"]["factbook_json"] + group[-1]["answer"]["plays_ru"]
-        print(f"| {start} | {step_size} | {steps:,} | {moves} | {largest} | {easy:.2f} |")
-        if steps == STEPS:
-            changes[start] = np.log(answers / references)
-    domains, generator = list(group[0]["answer"]), np.random.default_rng(0)
-    for start, change in changes.items():
-        found = [correlation(p, q) for p, q in itertools.pairwise(change)]
-        shuffled = np.array([correlation(change[0], generator.permutation(change[1])) for _ in range(2000)])
-        print(f"\n{start}, {STEPS:,} steps: log changes of successive rounds correlate by "
-              f"{', '.join(f'{x:.2f}' for x in found)}; rounds 1 and 2, shuffled 2,000 times: mean "
-              f"{shuffled.mean():.2f}, standard deviation {shuffled.std():.2f}, largest {shuffled.max():.2f}")
-        for domain in ("factbook_json", "lean_math", "plays_ru"):
-            print(f"    {domain}: " + ", ".join(f"{x:+.2f}" for x in change[:, domains.index(domain)]))
-    for step_size in (0.03, 0.12):
-        ends = [np.array(list(rounds[start, step_size, 400][-1]["answer"].values())) for start in changes]
-        print(f"two starts after four rounds, step size {step_size}: {total_variation(*ends):.3f} apart")
-
-
-def print_domain_clip(lines):
-    print("\n| reference run | domain clip: last half to r | token clip |\n| --- | --- | --- |")
-    exact = {line["run"]: line for line in lines}
-    for line in read_lines("domain-clip-twelve"):
-        token = exact[line["reference_run"]]
-        print(f"| {line['reference_run']} | {total_variation(np.array(line['last_half']), np.array(line['r'])):.3f} | "
-              f"{total_variation(token['last_half'], token['r']):.3f} |")
-
-
-def read_lines(name):
-    return [json.loads(text) for text in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-
-
 def main():
     parser = cli.ArgumentParser(__doc__)
     parser.add_argument("results", nargs="*", type=cli.path, metavar="RESULTS.jsonl",
-                        help="what experiments.theory has measured (default: all that is committed)")
+                        help="what experiments.theory has measured (default: the two corpora in experiments/results)")
     paths = parser.parse_args().results
     for path in paths:
         try:
@@ -139,17 +76,9 @@ def main():
             print_domains(path, lines, max(line["steps"] for line in lines))
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: {error}; expected what experiments.theory has measured") from None
-    if paths:
-        return
-    results = {corpus: read(RESULTS / f"theory-{corpus}.jsonl") for corpus in CORPORA}
-    for corpus, lines in results.items():
-        print_domains(corpus, lines, STEPS)
-        print_transient(corpus, lines)
-    print_domains("twelve", results["twelve"], 4 * STEPS)
-    print()
-    print_longer(results["twelve"])
-    print_rounds()
-    print_domain_clip(results["twelve"])
+    if not paths:
+        for corpus in ("twelve", "demo"):
+            print_domains(corpus, read(RESULTS / f"theory-{corpus}.jsonl"), 6400)
 
 
 if __name__ == "__main__":

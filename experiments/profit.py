@@ -4,8 +4,7 @@
     python -m experiments.profit collect OUT_DIR RESULTS         the finished runs' numbers, a line for each run
     python -m experiments.profit report RESULTS [FIGURE.png TITLE] from RESULTS alone
 
-Before it is collected, `evaluate.py OUT_DIR/natural-SEED OUT_DIR/MIXTURE-SEED ... --data_dir=OTHER --tasks=...` may add
-what the runs of a seed do on unseen text and on tasks.
+Some committed runs also hold bits per byte on unseen text and on tasks, as changes from natural of the same seed.
 """
 
 import json
@@ -16,12 +15,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from compare import tokens_to_reach
-from evaluate import bits_per_byte
+from experiments.foretold import TEMPERATURES, behind_front, foretold_weights
+from sampler import unimax
 
 LABELS = {
     "natural": "natural", "temperature-0.7": "temperature 0.7", "temperature-0.5": "temperature 0.5",
     "temperature-0.3": "temperature 0.3", "uniform": "uniform", "uniform+natural": "(uniform + natural) / 2",
+    "unimax-8": "uniform, at most 8 epochs",
+    "unimax-32": "uniform, at most 32 epochs",
     "doremi": "DoReMi, reference on natural", "doremi-uniform": "DoReMi, reference on uniform",
     "doremi-reversed": "DoReMi, reference on reversed",
     "doremi-reversed-tilt": "DoReMi, tilt reversed", "doremi-shuffled-tilt": "DoReMi, tilt shuffled",
@@ -30,12 +31,18 @@ LABELS = {
     "moved": "DoReMi, moved from uniform onto natural", "moved-shuffled": "the same, tilt shuffled",
     "doremi-half": "DoReMi, reference on (uniform + natural) / 2",
     "moved-half": "DoReMi, moved from uniform onto (uniform + natural) / 2",
+    "doremi-mild": "DoReMi, reference on temperature 0.7",
+    "moved-mild": "DoReMi, moved from uniform onto temperature 0.7",
+    "foretold-own": "foretold best, own shares", "foretold-all": "foretold best, all shares",
+    "quarter-1": "a quarter of domain 1", "quarter-6": "a quarter of domain 6",
 }
-FRONT = ("natural", "temperature-0.7", "temperature-0.5", "temperature-0.3", "uniform")
+FRONT = TEMPERATURES
 PAIRS = (("doremi", "uniform"), ("doremi", "uniform+natural"), ("doremi", "temperature-0.5"),
          ("doremi", "doremi-reversed-tilt"), ("doremi", "doremi-shuffled-tilt"), ("doremi", "doremi-last-half"),
          ("doremi-uniform", "uniform"), ("doremi-uniform", "uniform+natural"), ("doremi-reversed", "doremi"),
-         ("moved", "doremi"), ("moved", "moved-shuffled"), ("moved-half", "doremi-half"))
+         ("moved", "doremi"), ("moved", "moved-shuffled"), ("moved-half", "doremi-half"),
+         ("doremi-mild", "temperature-0.7"), ("moved-mild", "doremi-mild"), ("foretold-own", "uniform+natural"),
+         ("foretold-all", "uniform+natural"))
 
 
 # ---- the arithmetic: arrays in, numbers out
@@ -47,30 +54,27 @@ def reversed_tilt(answer, r):
     return opposite / opposite.sum()
 
 
-def behind_front(front, point):
-    """By how much some mixture on the front is better than the point in both means; below 0: none is better in both.
-
-    front: (N, 2) of (token-weighted, unweighted) means, joined by straight lines; point: (2,).
-    """
-    share = np.linspace(0, len(front) - 1, 1000)
-    ends = np.array([np.interp(share, range(len(front)), column) for column in front.T])  # (2, 1000)
-    return (np.asarray(point)[:, None] - ends).min(axis=0).max()
-
-
 # ---- mixtures and runs
 
 
-def mixture_weights(mixture, counts, theory, seed):
-    """(K,) of one of LABELS.  theory: THEORY_DIR/STEPS, the prefix of theory.sh's runs."""
+def mixture_weights(mixture, counts, theory, seed, corpus=None):
+    """(K,) of one of LABELS.  theory: THEORY_DIR/STEPS, the prefix of theory.sh's runs; corpus: as in results/."""
     natural = counts / counts.sum()
     power = mixture.partition("-")[2]
     if mixture in FRONT:
         weights = counts ** {"natural": 1, "uniform": 0}.get(mixture, float(power or 0))
     elif mixture == "uniform+natural":
         weights = (natural + 1 / len(natural)) / 2
+    elif mixture.startswith("unimax"):  # of the large models' budget
+        weights = unimax(counts, 1600 * 32 * 64, float(power))
+    elif mixture.startswith("quarter"):  # of one domain's share; the others keep their proportions
+        weights = natural.copy()
+        weights[int(power)] /= 4
+    elif mixture.startswith("foretold"):
+        weights = foretold_weights(mixture, corpus)
     else:
         steps = int(power if power.isdigit() else Path(theory).name)
-        reference = power if power in ("uniform", "reversed", "half") else "natural"
+        reference = power if power in ("uniform", "reversed", "half", "mild") else "natural"
         if mixture.startswith("moved"):
             reference = "uniform"
         proxy = Path(theory).parent / f"{steps}-{reference}-{seed}" / "proxy"
@@ -83,8 +87,9 @@ def mixture_weights(mixture, counts, theory, seed):
             weights = natural * np.random.default_rng(seed).permutation(weights / natural)
         if power == "shuffled":
             weights = np.random.default_rng(seed).permutation(weights)
-        if mixture.startswith("moved"):  # onto natural, or onto the mean of uniform and natural; the old share is equal
-            weights = weights * ((natural + 1 / len(natural)) / 2 if power == "half" else natural)
+        if mixture.startswith("moved"):  # from uniform, where the old shares are equal
+            onto = {"half": (natural + 1 / len(natural)) / 2, "mild": natural**0.7}
+            weights = weights * onto.get(power, natural)
     return weights / weights.sum()
 
 
@@ -104,23 +109,7 @@ def collect(out_dir, results):
                       "unweighted": np.round(losses.mean(axis=1), 5).tolist(),
                       "weighted": np.round(losses @ (counts / counts.sum()), 5).tolist(),
                       "loss": np.round(losses[-1], 5).tolist()})
-        own = Path(config["data"]["data_dir"]).name
-        here, natural = (evaluated(path, own) for path in (run, out_dir / f"natural-{seed}"))
-        if all(here.values()) and all(natural.values()):
-            for kind, bpb in here.items():
-                lines[-1][kind] = {name: round(bpb[name] - natural[kind][name], 4) for name in bpb}
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def evaluated(run, own):
-    """{"unseen" or "tasks": {name: bits per byte}} of what evaluate.py has scored.  own: the data set trained on."""
-    found = {"unseen": {}, "tasks": {}}
-    for path in sorted((run / "evaluation").glob("*.json")):
-        each = json.loads(path.read_text())
-        kind = "tasks" if each["kind"] == "tasks" else "unseen"
-        if kind == "tasks" or each["name"] != own:
-            found[kind] |= {name: bits_per_byte(part) for name, part in each["parts"].items()}
-    return found
 
 
 # ---- reporting
@@ -128,16 +117,13 @@ def evaluated(run, own):
 
 def spread(values):
     """Mean ± standard deviation over seeds, as text. Every ± of the docs is this one."""
-    values = np.array(values, dtype=float)
-    found = values[~np.isnan(values)]
-    if not len(found):
-        return "never"
-    text = f"{found.mean():+.3f}" + (f" ± {found.std(ddof=1):.3f}" if len(found) > 1 else "")
-    return text + (f" ({len(found)} of {len(values)} seeds)" if len(found) < len(values) else "")
+    return f"{np.mean(values):+.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def in_standard_errors(values):
     """How many standard errors the mean over seeds is away from 0."""
+    if len(values) < 2:
+        return np.nan
     return np.mean(values) / (np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
@@ -149,27 +135,25 @@ def report(results, figure=None, title=""):
     seeds = sorted({seed for mixture, seed in runs if mixture == "natural"})
     first = runs["natural", seeds[0]]
     print(f"{first['n_params']:,} parameters, {first['tokens'][-1] / first['n_params']:.0f} tokens per parameter\n\n"
-          "| trained on | domains better than natural, by seed | mean loss | token-weighted mean | worst domain "
-          "| tokens to natural's last mean loss | behind the temperatures' front |\n|" + " --- |" * 7)
+          "| trained on | domains better than natural, by seed | mean loss | token-weighted mean "
+          "| behind the temperatures' front |\n|" + " --- |" * 5)
     points = {}
     for mixture, label in LABELS.items():
         here = [seed for seed in seeds if (mixture, seed) in runs]
         if not here:
             continue
-        better, delta, pace, front = [], [], [], []
+        better, delta, front = [], [], []
         for seed in here:
             run, base = runs[mixture, seed], runs["natural", seed]
             better.append(int((run["loss"] < base["loss"]).sum()))
-            delta.append([run["unweighted"][-1] - base["unweighted"][-1], run["weighted"][-1] - base["weighted"][-1],
-                          run["loss"].max() - base["loss"].max()])
-            pace.append(tokens_to_reach(run["tokens"], run["unweighted"], base["unweighted"][-1]) / base["tokens"][-1])
+            delta.append([run["unweighted"][-1] - base["unweighted"][-1], run["weighted"][-1] - base["weighted"][-1]])
             ends = [runs[name, seed] for name in FRONT if (name, seed) in runs]
             line = np.array([[end["weighted"][-1], end["unweighted"][-1]] for end in ends])
             front.append(behind_front(line, (run["weighted"][-1], run["unweighted"][-1])) if len(ends) > 1 else np.nan)
         delta = np.array(delta)
         points[mixture] = delta
         print(f"| {label} | {', '.join(map(str, better))} | " + " | ".join(spread(column) for column in delta.T) +
-              f" | {spread(pace).lstrip('+')} | {'' if mixture in FRONT else spread(front)} |")
+              f" | {'' if mixture in FRONT else spread(front)} |")
     print("\n| paired over seeds | mean loss | token-weighted mean | in standard errors |\n|" + " --- |" * 4)
     for one, other in PAIRS:
         both = [seed for seed in seeds if (one, seed) in runs and (other, seed) in runs]
@@ -204,7 +188,7 @@ def draw(path, points, title):
     axes.plot(front[:, 1], front[:, 0], color="grey", marker="o", label="temperatures, 1 (natural) to 0 (uniform)")
     for marker, mixture in zip("sD^vPX<", (name for name in points if name not in FRONT)):
         delta = points[mixture]
-        error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(3)
+        error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(2)
         axes.errorbar(centre[mixture][1], centre[mixture][0], error[0], error[1], marker=marker, linestyle="",
                       label=LABELS[mixture])
     axes.axhline(0, color="lightgrey", zorder=0)
@@ -222,7 +206,7 @@ if __name__ == "__main__":
         meta = json.loads((Path(data_dir) / "meta.json").read_text())["domains"]
         counts = np.array([domain["train_tokens"] for domain in meta.values()], dtype=float)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        weights = mixture_weights(mixture, counts, theory, int(seed))
+        weights = mixture_weights(mixture, counts, theory, int(seed), Path(data_dir).name)
         Path(path).write_text(json.dumps(dict(zip(meta, weights.tolist()))))
     elif what == "collect":
         collect(Path(rest[0]), Path(rest[1]))

@@ -26,15 +26,15 @@ LOOKS = {"natural": ("tab:blue", "o"), "uniform": ("tab:green", "s"), "reversed"
 
 
 def mixtures(counts):
-    """Reference weights by name, (K,) each: by token count, uniform, half of both, temperature 1.5, the counts dealt
-    out in reverse order of size, and two that give every other domain three times the share of the rest."""
+    """Reference weights by name, (K,) each: by token count, uniform, half of both, temperatures 1.5 and 0.7, the
+    counts dealt out in reverse order of size, and two with three times the rest's share for every other domain."""
     counts = np.asarray(counts, dtype=float)
     k, order = len(counts), np.argsort(counts)
     reverse = np.empty(k)
     reverse[order] = counts[order[::-1]]
     up = np.where(np.arange(k) % 2 == 0, 3.0, 1.0)
     weights = {"natural": counts, "uniform": np.ones(k), "reversed": reverse, "up": up, "down": 4 - up,
-               "sharp": counts**1.5}
+               "sharp": counts**1.5, "mild": counts**0.7}
     weights = {name: w / w.sum() for name, w in weights.items()}
     return weights | {"half": (weights["uniform"] + weights["natural"]) / 2}
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What DoReMi converges to: references and proxies over lengths, reference weights and seeds, with the paper's settings
 # (step size 1, alpha moves from step 1). Finished runs are skipped, cut-off runs resume. theory.py reads the runs.
+# PROXY_FLAGS="..." adds the flags of a rule of yours to train_doremi.py.
 #
 #   experiments/theory.sh DATA_DIR OUT_DIR [LENGTHS [REFERENCES [SEEDS]]]
 #
@@ -9,7 +10,7 @@ set -euo pipefail
 data=$1 out=$2 lengths=${3:-"200 400 1600 6400"} references=${4:-"natural uniform reversed up down"} seeds=${5:-"10 20 30 40 50"}
 code=${CODE:-.} python=${PYTHON:-python}
 
-"$python" -m experiments.theory weights "$data" "$out"  # OUT_DIR/weights/{natural,uniform,reversed,up,down,sharp,half}.json
+"$python" -m experiments.theory weights "$data" "$out"  # OUT_DIR/weights/{natural,uniform,reversed,up,down,sharp,mild,half}.json
 for steps in $lengths; do
     compile=--compile
     [ "$steps" -gt 1000 ] || compile=--no-compile
@@ -23,7 +24,7 @@ for steps in $lengths; do
                 --dtype=float32 --seed="$seed" --out_dir="$run/reference" $common
             case $reference in up | down) continue ;; esac
             "$python" "$code/train_doremi.py" --reference="$run/reference" --step_size=1 --seed=$((seed + 1)) \
-                --out_dir="$run/proxy" $common
+                --out_dir="$run/proxy" $common ${PROXY_FLAGS:-}
             "$python" "$code/average_weights.py" "$run/proxy"
         done
     done

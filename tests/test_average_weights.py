@@ -12,9 +12,6 @@ import pytest
 import torch
 from conftest import ROOT, finished_run, printed, refused
 
-from average_weights import Answer, draw_answer
-from common import figures
-
 DOMAINS = ["books", "code", "web"]
 GOOD = [0.2, 0.3, 0.5]
 
@@ -128,18 +125,3 @@ def test_names_of_any_characters(tmp_path):
     assert result.returncode == 0 and not result.stderr, result.stderr.decode()
     assert json.loads((run / "weights.json").read_text())["domain_weights"] == pytest.approx(dict(zip(names, alpha)))
     assert b"\\u65b0\\u95fb" in result.stdout and (run / "weights.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_every_name_is_in_the_picture():
-    """Names that begin with an underscore, and long ones that differ in their middle only."""
-    long = [f"{'x' * 30}{middle}{'y' * 30}" for middle in "pq"]
-    names = ["_misc", "$x_{y$", "a\nb", *long]
-    even = np.full(5, 0.2)
-    answer = Answer(names, [1], np.full((1, 3, 5), 0.2), even, even, even[None], even)
-    with figures.style():
-        figure = draw_answer(answer)
-    left, right = figure.axes
-    cut = "x" * 14 + "..." + "y" * 14
-    expected = {"_misc", "$x_{y$", "a\\nb", f"{cut} (4)", f"{cut} (5)"}
-    assert {text.get_text() for text in left.get_legend().get_texts()} == expected
-    assert {label.get_text() for label in right.get_yticklabels()} == expected

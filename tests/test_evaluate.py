@@ -155,16 +155,6 @@ def test_a_tie_is_wrong():
     assert accuracy(part) == 1 / 2
 
 
-def test_seeds_of_one_experiment_are_a_group(place, tmp_path):
-    """Two seeds of the same flags: mean and standard deviation of their bits per byte."""
-    run_here("train_reference.py", f"--data_dir={place / 'data'}", f"--out_dir={tmp_path / 'a-s2'}", "--max_steps=4",
-             "--seed=2", *FLAGS)
-    _, rows = printed("evaluate.py", place / "a", tmp_path / "a-s2", f"--out_dir={tmp_path / 'out'}")
-    for name in ("alpha", "beta"):
-        x, y = (bits_per_byte(scores(tmp_path / "out" / run, "domains", "data")[name]) for run in ("a", "a-s2"))
-        assert rows[name] == [f"{(x + y) / 2:.4f}", f"±{abs(x - y) / math.sqrt(2):.4f}"]
-
-
 def sentencepiece_like(path):
     """A tokenizer.json in which a word begins with a mark, also at the start of a text; the merges are whole words."""
     vocabulary = {token: i for i, token in enumerate(["</s>", *"\u2581abcdefghijklmnopqrstuvwxyz"])}
@@ -196,14 +186,13 @@ def test_context_and_answer_are_encoded_together(tmp_path):
     cases = [("a river", " stone light", 2), ("a river ", "stone light", 2), ("a river st", "one", 2), ("", "river", 0)]
     rows = [{"context": context, "answer": answer} for context, answer, _ in cases]
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = run_here("evaluate.py", tmp_path / "run", f"--task_file={tmp_path / 'task.jsonl'}").stdout
+    run_here("evaluate.py", tmp_path / "run", f"--task_file={tmp_path / 'task.jsonl'}")
     expected = []
     for context, answer, n in cases:
         ids = made.encode(context + answer).ids
         assert made.encode(context).ids[:n] == ids[:n]
         expected.append(bits_by_hand(tmp_path / "run", [[0, *ids]])[0][n:].sum())
     assert scores(tmp_path / "run", "tasks", "task")["task"]["bits"] == pytest.approx(expected, rel=1e-6)
-    assert "in 2 of 4 answers a token lies across the end of the context" in said
     (tmp_path / "task.jsonl").write_text('{"context": "a river", "answer": "7"}\n')  # not in the vocabulary
     refused(tmp_path, ["task", "no token for the answer '7'"], "evaluate.py", tmp_path / "run",
             f"--task_file={tmp_path / 'task.jsonl'}")
@@ -227,11 +216,11 @@ def test_what_cannot_be_evaluated(place, tmp_path):
     refused(place, ["nowhere.jsonl"], "evaluate.py", place / "b", "--task_file=nowhere.jsonl")
     refused(place, ["--device=cuda:9"], "evaluate.py", place / "b", "--device=cuda:9")
     (tmp_path / "file").write_text("")
-    refused(place, ["--out_dir"], "evaluate.py", place / "b", f"--out_dir={tmp_path / 'file'}")
+    refused(place, ["could not be written"], "evaluate.py", place / "b", f"--out_dir={tmp_path / 'file'}")
     shutil.rmtree(run / "evaluation", ignore_errors=True)
     (run / "evaluation").symlink_to(tmp_path / "unmounted")
     edit(run / "config.json", lambda config: config["flags"].update(max_steps=4))
-    refused(tmp_path, ["evaluation", "a link to nowhere"], "evaluate.py", run)
+    refused(tmp_path, ["evaluation", "could not be written"], "evaluate.py", run)
 
 
 def test_a_context_longer_than_what_is_encoded_at_once():
@@ -239,7 +228,7 @@ def test_a_context_longer_than_what_is_encoded_at_once():
     tokenizer = from_merges("words", {bytes([b]): b for b in range(256)} | {b" a": 256, b" b": 257})
     for size in (SPAN - 1, SPAN // 2 - 1, 3 * SPAN):
         task = encode_items([[(" a" * (size // 2), " b a", True)]], tokenizer, T, "long")
-        assert task.windows == [([256] * (T - 1) + [257, 256], 2)] and task.across == 0
+        assert task.windows == [([256] * (T - 1) + [257, 256], 2)]
 
 
 def test_lines_end_at_newlines_only(tmp_path):

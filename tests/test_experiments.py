@@ -1,43 +1,29 @@
-"""The experiments: exactness.py's exact variant is the product, and the arithmetic of the others is right."""
+"""The arithmetic with which the experiments are read."""
 
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, read_alpha, run_here
+from conftest import write_dataset
 
-from average_weights import total_variation
-from common import ranks
-from common.run import load_finished
-from experiments import exactness, moved, profit, published, theory
-from model import Transformer
+from experiments import foretold, profit, theory
+from experiments.cut import cut
 from sampler import load_dataset
 
-R = np.array([0.5, 0.3, 0.2])
 
-
-def test_exact_variant_is_the_product_and_the_others_are_not(tmp_path, data_dir):
-    reference = tmp_path / "reference"
-    run_here("train_reference.py", "--dtype=float64", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}")
-    run_here("train_doremi.py", f"--reference={reference}", f"--out_dir={tmp_path}/proxy", "--no-compile")
-    product = read_alpha(tmp_path / "proxy")
-
-    config, checkpoint = load_finished(reference, ("reference",))
-    args = Namespace(**config["flags"] | {"step_size": 1.0, "smoothing": 1e-3})
-    machine = ranks.setup(args)
-    dataset = load_dataset(data_dir, config["model"]["block_size"])
-    frozen = Transformer.load(config, checkpoint["model"], machine.dtype).freeze()
-    for variant in exactness.VARIANTS:
-        alpha = exactness.train_proxy(variant, frozen, dataset, machine, args, seed=2)
-        departure = abs(alpha - product).max()
-        assert departure < 1e-12 if variant == "exact" else departure > 1e-6, (variant, departure)
+def test_mixtures_deal_the_counts_out_in_reverse():
+    mixtures = theory.mixtures([10, 70, 20])
+    assert mixtures["natural"] == pytest.approx([0.1, 0.7, 0.2])
+    assert mixtures["reversed"] == pytest.approx([0.7, 0.1, 0.2])  # the smallest gets the largest's share
+    assert mixtures["up"] == pytest.approx([3 / 7, 1 / 7, 3 / 7])
+    assert mixtures["down"] == pytest.approx([1 / 5, 3 / 5, 1 / 5])
 
 
 def test_prediction_tilts_by_disagreement_and_sums_to_one():
-    assert theory.predict(R, np.full(3, 0.3), np.array([0.2, 0.4, 0.1])) == pytest.approx(R)
-    alpha = theory.predict(R, np.array([0.2, 0.2, 0.4]), np.full(3, 0.5))  # equal slopes: exp(D / b), normalised
-    expected = R * np.exp(np.array([0.2, 0.2, 0.4]) / 0.5)
+    r = np.array([0.5, 0.3, 0.2])
+    assert theory.predict(r, np.array([0.3, 0.3, 0.3]), np.array([0.2, 0.4, 0.1])) == pytest.approx(r)
+    alpha = theory.predict(r, np.array([0.2, 0.2, 0.4]), np.full(3, 0.5))  # equal slopes: exp(D / b), normalised
+    expected = r * np.exp(np.array([0.2, 0.2, 0.4]) / 0.5)
     assert alpha == pytest.approx(expected / expected.sum())
 
 
@@ -50,47 +36,82 @@ def test_a_shuffled_disagreement_foretells_nothing():
     assert abs(found.mean()) < 4 / 7**0.5 / 200**0.5 and found.max() < 1  # variance of one: 1 / (K - 1)
 
 
-def test_slopes_and_clipped_excess_by_hand():
+def test_slopes_are_those_of_the_lines():
     log_weights = np.log([[0.1, 0.9], [0.3, 0.7], [0.6, 0.4]])
     losses = np.array([3.0, 4.0]) - np.array([0.2, 0.5]) * log_weights
     assert theory.own_slope(losses, np.exp(log_weights)) == pytest.approx([0.2, 0.5])
     slope, r2 = theory.line_through_domains(log_weights, 1.4 * log_weights + np.array([1.0, -2.0]))
     assert (slope, r2) == pytest.approx((1.4, 1.0))  # a constant of each domain does not count
+    assert theory.line_through_domains(np.array([[0.0], [1.0], [2.0]]), np.array([[0.0], [1.0], [0.0]]))[1] == 0
+
+
+def test_clipped_excess_is_the_mean_of_its_positive_part():
     proxy, reference = np.array([[1.0, 2.0, 3.0, np.nan]]), np.array([[2.0, 1.0, 1.0, np.nan]])
     assert theory.clipped_excess(proxy, reference) == pytest.approx([1.0])  # (0 + 1 + 2) / 3
+    assert theory.clipped_excess(reference, proxy) == pytest.approx([1 / 3])
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("natural", [0.25, 0.75]), ("uniform", [0.5, 0.5]), ("uniform+natural", [0.375, 0.625]), ("doremi", [0.6, 0.4]),
-    ("moved", [1 / 3, 2 / 3])])  # from uniform: tilts of 1.2 and 0.8 on 0.25 and 0.75
-def test_mixtures_of_the_profit(tmp_path, name, expected):
-    for run in ("2-natural-7", "2-uniform-7"):
-        (proxy := tmp_path / run / "proxy").mkdir(parents=True)
-        history = [{"step": i, "domain_weights": torch.tensor(a)} for i, a in enumerate([[0.5, 0.5], [0.7, 0.3]], 1)]
-        torch.save(history, proxy / "doremi_domain_weights_2.pt")
-    found = profit.mixture_weights(name, np.array([100.0, 300.0]), tmp_path / "2", 7)
-    assert found == pytest.approx(expected, rel=1e-6)
+def test_reversed_tilt_departs_the_other_way():
+    answer, r = np.array([0.4, 0.4, 0.2]), np.array([0.2, 0.4, 0.4])
+    assert profit.reversed_tilt(answer, r) == pytest.approx(np.array([0.1, 0.4, 0.8]) / 1.3)
 
 
-def test_an_answer_moves_with_its_tilt():
-    """Tilts 1, 2 and 1/2 go onto (0.2, 0.2, 0.6): (0.2, 0.4, 0.3) / 0.9.  Without the third domain: (0.5, 1) / 1.5."""
-    old, answer = np.array([0.5, 0.2, 0.3]), np.array([0.5, 0.4, 0.15]) / 1.05
-    assert moved.move(answer, old, np.array([0.2, 0.2, 0.6])) == pytest.approx(np.array([2, 4, 3]) / 9)
-    group = {"domains": ["a", "b", "c"], "r": old, "answers": np.array([answer, answer])}
-    measured = np.array([[0.2, 0.8], [0.4, 0.6]])  # their mean: 0.3, 0.7
-    row = moved.compare_moved(group, {"domains": ["a", "b"], "r": np.array([0.5, 0.5]), "answers": measured})
-    assert row["moved answer"] == pytest.approx(1 / 3 - 0.3)
-    assert row["new reference itself"] == pytest.approx(0.5 - 0.3)
-    assert row["two seeds of one run"] == pytest.approx(0.2)
+def test_distance_from_the_front():
+    front = np.array([[3.0, 4.0], [3.2, 3.8]])  # token-weighted, unweighted
+    assert profit.behind_front(front, (3.2, 3.9)) == pytest.approx(0.05, abs=1e-3)  # (3.15, 3.85) is better in both
+    assert profit.behind_front(front, (3.1, 3.85)) == pytest.approx(-0.025, abs=1e-3)
+    assert profit.behind_front(front, (2.9, 4.0)) == pytest.approx(-0.1, abs=1e-3)
 
 
-def test_the_published_answers_say_what_the_docs_say():
-    """The other runs foretell the official answer to 0.090; the reference's own weights are 0.165 away."""
-    runs = {run.name: run for run in published.load()[1]}
-    paper, official, nanotron = runs["paper 1B"], runs["official 120M"], runs["nanotron 280M"]
-    foretold = published.moved(official.r, published.others_tilt(official, list(runs.values())[:5]))
-    assert total_variation(foretold, official.answer) == pytest.approx(0.090, abs=5e-4)
-    assert total_variation(official.r, official.answer) == pytest.approx(0.165, abs=5e-4)
-    assert published.distances(runs["branch 280M"], nanotron) == pytest.approx([0.120, 0.257, 0.478], abs=5e-4)
-    tilt = published.others_tilt(paper, [paper, official, nanotron], strangers=True)  # of other people than its own
-    assert tilt == pytest.approx(nanotron.tilt)
+def test_a_shuffled_tilt_has_the_tilts_of_the_answer(tmp_path):
+    """Shares that are equal keep their sum under any order of the tilts, so nothing is normalised away."""
+    alpha = [torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.2, 0.2, 0.2, 0.4])]
+    (proxy := tmp_path / "2-natural-7/proxy").mkdir(parents=True)
+    torch.save([{"step": i, "domain_weights": a} for i, a in enumerate(alpha, 1)], proxy / "doremi_domain_weights_2.pt")
+    found = [profit.mixture_weights(name, np.full(4, 9.0), tmp_path / "2", 7) for name in (
+        "doremi", "doremi-shuffled-tilt")]
+    assert found[0] == pytest.approx([0.15, 0.2, 0.25, 0.4]) and sorted(found[1]) == pytest.approx(sorted(found[0]))
+    assert found[1].tolist() != found[0].tolist()
+
+
+def test_mixtures_of_the_profit():
+    counts = np.array([100.0, 900.0])
+    assert profit.mixture_weights("temperature-0.5", counts, None, 1) == pytest.approx([0.25, 0.75])
+    assert profit.mixture_weights("uniform", counts, None, 1) == pytest.approx([0.5, 0.5])
+    assert profit.mixture_weights("natural", counts, None, 1) == pytest.approx([0.1, 0.9])
+    assert profit.mixture_weights("uniform+natural", counts, None, 1) == pytest.approx([0.3, 0.7])
+
+
+def test_a_uniform_answer_is_moved_for_the_profit(tmp_path):
+    (proxy := tmp_path / "1-uniform-7/proxy").mkdir(parents=True)
+    torch.save([{"step": 1, "domain_weights": torch.tensor([0.75, 0.25])}], proxy / "doremi_domain_weights_1.pt")
+    counts = np.array([100.0, 300.0])
+    assert profit.mixture_weights("moved", counts, tmp_path / "1", 7) == pytest.approx([0.5, 0.5])
+    assert profit.mixture_weights("moved-half", counts, tmp_path / "1", 7) == pytest.approx(np.array([9, 5]) / 14)
+
+
+def test_slopes_are_found_again():
+    """Losses made from known slopes; the third domain lives from the first."""
+    log_shares = np.random.default_rng(0).normal(size=(40, 3))
+    slopes = np.array([[-0.2, 0, -0.3], [0, -0.5, 0], [0, 0, -0.1]])
+    assert foretold.all_slopes(log_shares, log_shares @ slopes, strength=1e-6) == pytest.approx(slopes, abs=1e-4)
+    own = foretold.own_slopes(log_shares, log_shares * np.array([-0.2, -0.5, -0.1]))
+    assert own == pytest.approx(np.diag([-0.2, -0.5, -0.1]))
+
+
+def test_the_best_mixture_goes_to_the_steepest_domain_as_far_as_it_may():
+    natural = np.array([0.5, 0.25, 0.25])
+    weights = foretold.best_mixture(natural, np.diag([-0.1, -0.1, -0.9]), bound=0.5)
+    halfway = (natural + 1 / 3) / 2
+    assert weights[2] / weights[0] == pytest.approx(halfway[2] / halfway[0] * np.exp(1))  # +0.5 and -0.5
+    assert foretold.best_mixture(natural, np.diag([-0.3] * 3)) == pytest.approx(halfway, abs=1e-3)
+
+
+def test_a_cut_keeps_the_shares_and_whole_pieces(tmp_path):
+    counts = {"a": 512 * 80, "b": 512 * 20}
+    write_dataset(tmp_path / "whole", {name: (np.arange(n), np.arange(99)) for name, n in counts.items()}, 50_000)
+    cut(tmp_path / "whole", tmp_path / "cut", 512 * 25)
+    dataset = load_dataset(tmp_path / "cut", 8)  # its hashes hold
+    assert dataset.token_counts().tolist() == [512 * 20, 512 * 5]
+    starts = np.fromfile(tmp_path / "cut/a/train.bin", "<u2")[::512]
+    assert (starts % 512 == 0).all() and (np.diff(starts.astype(int)) > 0).all() and starts.max() > 512 * 40

@@ -1,12 +1,8 @@
-"""export_hf.py: the exported model's losses, text and token ids are the run's; lm-eval's figures are evaluate.py's."""
+"""export_hf.py: the exported model's losses, text and token ids are the run's."""
 
-import json
-import math
-import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -17,7 +13,6 @@ from conftest import edit, prose, refused, run_here, write_texts
 
 from common.run import load_finished
 from common.tokenizer import PATTERN, load_tokenizer
-from evaluate import bits_per_byte
 from model import Transformer
 from sampler import load_dataset
 from tools import export_hf
@@ -132,48 +127,3 @@ def test_what_cannot_be_exported(place, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     refused(tmp_path, ["safetensors", "pip install"], "tools/export_hf.py", place / "run", tmp_path / "new")
-
-
-TASK = """
-task: NAME
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: KIND
-doc_to_text: "{{context}}"
-doc_to_target: "{{answer}}"
-target_delimiter: ""
-metric_list: [{metric: METRIC}]
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("lm_eval"), reason="needs the command lm_eval: pip install lm_eval")
-def test_lm_eval_finds_the_same_bits_per_byte(place, tmp_path):
-    """A document is an answer without a context; lm-eval puts the end-of-text token before it by itself."""
-    documents = [prose(30, number) for number in range(40)]
-    words = [text.split(" ") for text in documents]
-    rows = {"documents": [{"context": "", "answer": text} for text in documents],
-            "answers": [{"context": " ".join(w[:4]), "answer": " " + " ".join(w[4:8])} for w in words]}
-    found = {}
-    for task, kind, metric, bos in (("documents", "loglikelihood_rolling", "bits_per_byte", False),
-                                    ("answers", "loglikelihood", "perplexity", True)):
-        data = tmp_path / f"{task}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows[task]))
-        yaml = TASK.replace("NAME", task).replace("FILE", str(data)).replace("KIND", kind).replace("METRIC", metric)
-        (tmp_path / f"{task}.yaml").write_text(yaml)
-        model = f"pretrained={place / 'hf'},add_bos_token={bos}"
-        command = ["lm_eval", "--model", "hf", "--model_args", model, "--tasks", task, "--include_path", tmp_path,
-                   "--device", "cpu", "--output_path", tmp_path / task]
-        subprocess.run(command, check=True, env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
-        result, = (tmp_path / task).rglob("results*.json")
-        found[task] = json.loads(result.read_text())["results"][task][f"{metric},none"]
-    run_here("evaluate.py", place / "run", *(f"--task_file={tmp_path / task}.jsonl" for task in rows))
-    files = {task: place / f"run/evaluation/tasks-{task}.json" for task in rows}
-    parts = {task: json.loads(file.read_text())["parts"][task] for task, file in files.items()}
-    ours = {task: bits_per_byte(part) for task, part in parts.items()}
-    size = np.mean([len(row["answer"].encode()) for row in rows["answers"]])
-    theirs = {"documents": found["documents"], "answers": math.log2(found["answers"]) / size}
-    print(ours, theirs)
-    for task in rows:
-        assert ours[task] == pytest.approx(theirs[task], rel=0.02)

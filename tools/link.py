@@ -2,7 +2,7 @@
 
 reads   INPUT, a directory with one entry per domain:
             DOMAIN.bin and DOMAIN.idx    Megatron; "_text_document" is no part of the name
-            DOMAIN.ds                    datatrove, with its .ds.index and .ds.metadata
+            DOMAIN.ds                    datatrove, with its .ds.index
             DOMAIN.bin                   bare ids, like nanoGPT's
             DOMAIN.parquet               rows of input_ids; what their attention_mask leaves out is padding
             DOMAIN/                      one or several of these, of which those named val are held out, test left out
@@ -10,10 +10,10 @@ writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
 --tokenizer must be the one that made the ids, with end of text before or after each document. A domain of one file of
-uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. Nothing is guessed: an index or metadata
-tells the type of the ids; bare ids are of the widest type in which all of a domain's are tokens. Unless a file named
-val is, the last documents of a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its
-end, so meta.json says how many of its tokens are for training (train_tokens) and how many bytes the file must have
+uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. Nothing is guessed: an index tells the type
+of the ids; bare ids are of the widest type in which all of a domain's are tokens. Unless a file named val is, the last
+documents of a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its end, so
+meta.json says how many of its tokens are for training (train_tokens) and how many bytes the file must have
 (train_file_bytes). train_bytes is null: counting it would mean decoding everything.
 """
 
@@ -54,23 +54,22 @@ class Source:
     def ids(self):
         size = self.path.stat().st_size
         if size % self.dtype.itemsize:
-            raise UserError(f"{self.path}: {size:,} bytes are not whole ids of {self.dtype.itemsize} bytes; it is cut "
-                            "short, or its ids are of another type: see --dtype")
+            raise UserError(f"{self.path}: {size:,} bytes are not whole ids of {self.dtype}; see --dtype")
         return np.memmap(self.path, self.dtype, mode="r") if size else np.empty(0, self.dtype)
 
     def fits(self, vocab_size):
-        if self.path.stat().st_size % self.dtype.itemsize:
-            return False
-        ids = self.ids()
-        return all(ids[start : start + BLOCK].max() < vocab_size for start in range(0, len(ids), BLOCK))
+        whole = self.path.stat().st_size % self.dtype.itemsize == 0
+        return whole and all(ids.max() < vocab_size for ids in self.blocks())
 
     def blocks(self):
         """Yield all ids, some at a time."""
         if self.path.suffix == ".parquet":
-            yield from (ids for ids, _ in read_parquet(self.path))
-        else:
-            ids = self.ids()
-            yield from (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
+            return (ids for ids, _ in read_parquet(self.path))
+        return blocks_of(self.ids())
+
+
+def blocks_of(ids):
+    return (ids[start : start + BLOCK] for start in range(0, len(ids), BLOCK))
 
 
 def inspect(path, bare):
@@ -81,13 +80,13 @@ def inspect(path, bare):
         return Source(path, documents=None if packed else len(lengths))
     if path.suffix == ".bin" and path.with_suffix(".idx").exists():
         return megatron(path, path.with_suffix(".idx"))
-    if path.suffix == ".ds" and (source := datatrove(path)):
-        return source
+    index = Path(f"{path}.index")
+    if path.suffix == ".ds" and index.exists() and path.stat().st_size:
+        return datatrove(path, index)
     with open(path, "rb") as file:
         head = file.read(1024)
     if not bare and (MAGIC.match(head) or bytes(128) in head):
-        raise UserError(f"{path}: begins with a header: {head[:12]}; cut it off (llm.c's 1,024 bytes with tail -c "
-                        "+1025), or if these are ids, name their type with --dtype")
+        raise UserError(f"{path}: begins with a header: {head[:12]}; cut it off, or if these are ids, name --dtype")
     return Source(path, np.dtype(bare).newbyteorder("<") if bare else None)
 
 
@@ -95,44 +94,25 @@ def megatron(path, index):
     with open(index, "rb") as file:
         magic, version, code, sequences, documents = struct.unpack("<9sQBQQ", file.read(34).ljust(34, b"\0"))
         if magic != b"MMIDIDX\0\0" or version != 1 or code not in MEGATRON:
-            raise UserError(f"{index}: not a Megatron index of version 1 with uint16, int32 or int64 ids: its first "
-                            f"bytes are {magic}, version {version}, type {code}")
-        if index.stat().st_size < 34 + 12 * sequences + 8 * documents:
-            raise UserError(f"{index}: is cut short; copy it again")
+            raise UserError(f"{index}: not a Megatron index of version 1 with uint16, int32 or int64 ids: it begins "
+                            f"with {magic}, version {version}, type {code}")
         lengths = np.fromfile(file, "<i4", sequences)
         pointers = np.fromfile(file, "<i8", sequences)
-        borders = np.fromfile(file, "<i8", documents)  # of documents, in sequences
     dtype, ends = np.dtype(MEGATRON[code]), np.append(0, np.cumsum(lengths, dtype=np.int64))
-    ordered = (lengths >= 0).all() and (pointers == ends[:-1] * dtype.itemsize).all() and (np.diff(borders) >= 0).all()
-    if not ordered or not len(borders) or borders[0] or borders[-1] != sequences:
-        raise UserError(f"{index}: does not list its documents one after the other; merge the data again")
+    if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
+        raise UserError(f"{index}: is cut short, or does not list its documents in their order; merge the data again")
     size = path.stat().st_size
     if size != ends[-1] * dtype.itemsize:
-        raise UserError(f"{path}: {size:,} bytes are not {ends[-1]:,} tokens of {dtype.itemsize} bytes; it is cut "
-                        "short, or its index belongs to another file")
+        raise UserError(f"{path}: {size:,} bytes are not the {ends[-1]:,} ids of {dtype} that its index tells of")
     return Source(path, dtype, documents - 1)
 
 
-def datatrove(path):
-    """Return the Source of a .ds file, or None if nothing beside it tells the type of its ids.  Raises UserError."""
-    size, index, metadata = path.stat().st_size, Path(f"{path}.index"), Path(f"{path}.metadata")
-    documents, tokens, widths = None, [], set()
-    if index.exists():
-        ends = np.fromfile(index, "<u8")
-        documents = len(ends)
-        tokens.append(int(ends[-1:].sum()))
-    if metadata.exists():  # "tokenizer|bytes of an id", or the tokenizer alone; then the number of tokens
-        told = re.match(r".*?(?:\|(\d+))?\n(\d+)", metadata.read_text(errors="replace"))
-        tokens.append(int(told[2]) if told else 0)
-        if told and told[1]:
-            widths.add(float(told[1]))
-    if size or any(tokens):
-        widths |= {size / max(count, 1) for count in tokens}
-    if len(widths) > 1 or not widths <= {2, 4}:
-        told = " and ".join(f"{width:g}" for width in sorted(widths))
-        raise UserError(f"{path}: its index and metadata tell of ids of {told} bytes; expected 2 or 4, the same by "
-                        "both; it is cut short, or they belong to another file")
-    return Source(path, np.dtype(f"<u{widths.pop():.0f}"), documents) if widths else None
+def datatrove(path, index):
+    ends = np.fromfile(index, "<u8")  # of documents, in tokens
+    width = path.stat().st_size / max(int(ends[-1:].sum()), 1)
+    if width not in (2, 4):
+        raise UserError(f"{path}: is cut short: its index tells of ids of {width:g} bytes, not 2 or 4")
+    return Source(path, np.dtype(f"<u{width:.0f}"), len(ends))
 
 
 def settle(sources, vocab_size):
@@ -153,10 +133,9 @@ def read_parquet(path):
         columns = [name for name in ("input_ids", "attention_mask") if name in file.schema_arrow.names]
         if "input_ids" not in columns:
             raise UserError(f"{path}: has no column input_ids; for text use prepare.py")
-        for name in columns:
-            found = file.schema_arrow.field(name).type
-            if not re.search(r"list<.*: (u?int\d+|bool)( not null)?>", str(found)):
-                raise UserError(f"{path}: {name} are of type {found}; expected lists of integers")
+        found = str(file.schema_arrow.field("input_ids").type)
+        if not re.search(r"list<.*: u?int\d+( not null)?>", found):
+            raise UserError(f"{path}: input_ids are of type {found}; expected lists of integers")
         for batch in file.iter_batches(1024, columns=columns):
             rows = compute.drop_null(batch)
             lengths = compute.list_value_length(rows["input_ids"]).to_numpy()
@@ -176,13 +155,12 @@ def read_domain(entry, paths, tokenizer, bare):
     """Find out which of a domain's files are for training, and what they are.  Returns two lists of Sources."""
     train, val = [], []
     for path in paths:
+        refuse_orphan(path)
         if BESIDE.search(path.name):
-            refuse_orphan(path)
             continue
         if not DATA.search(path.name):
-            raise UserError(f"{path}: unknown file type; expected .bin, .ds or .parquet. Ids without a header may have "
-                            "any name (.npy, .dat): rename them to .bin; of numpy's files save the array with tofile. "
-                            "Remove others, or begin their names with a dot")
+            raise UserError(f"{path}: unknown file type; expected .bin, .ds or .parquet. Rename ids without a header "
+                            "to .bin; save numpy's arrays with tofile; remove other files")
         held_out = [found for part in path.relative_to(entry).parts for found in HELD_OUT.findall(part)]
         if not held_out:
             train.append(inspect(path, bare))
@@ -191,7 +169,7 @@ def read_domain(entry, paths, tokenizer, bare):
         else:
             print_anywhere(f"leaving out {path}: it is named as test data")
     if not train:
-        raise UserError(f"{entry}: holds no file for training; add one, or rename what is for training")
+        raise UserError(f"{entry}: holds no file for training; add one, or rename it")
     settle(train + val, tokenizer.vocab_size)
     return train, val
 
@@ -203,8 +181,9 @@ def linked_type(train):
 
 
 def refuse_orphan(path):
+    """Raise UserError for an index whose data is missing."""
     owner = path.with_suffix(".bin") if path.suffix == ".idx" else path.with_suffix("")
-    if not owner.exists():
+    if BESIDE.search(path.name) and not owner.exists():
         raise UserError(f"{path}: tells of {owner.name}, which is missing; bring it, or remove this one")
 
 
@@ -221,26 +200,24 @@ def copy(sources, file_name, tokenizer, dtype):
 
 def check_ids(ids, tokenizer, path):
     """Raise UserError for an id that is none of the vocabulary."""
-    for start in range(0, len(ids), BLOCK):
-        block = ids[start : start + BLOCK]
+    for block in blocks_of(ids):
         for found in int(block.min()), int(block.max()):
             if not 0 <= found < tokenizer.vocab_size:
                 raise UserError(f"{path}: holds id {found}, but {tokenizer.name} has {tokenizer.vocab_size} tokens; "
-                                "name the tokenizer that made the data with --tokenizer, and the type of the ids with "
-                                "--dtype")
+                                "see --tokenizer and --dtype")
 
 
 def check_marks(ids, sources, eot):
     """Raise UserError where end of text does not stand between documents: it is missing, or it pads rows."""
     marks = twice = 0
-    for start in range(0, len(ids), BLOCK):
-        mark = ids[start : start + BLOCK] == eot
+    for block in blocks_of(ids):
+        mark = block == eot
         marks += int(mark.sum())
         twice += int((mark[1:] & mark[:-1]).sum())
     documents = sum(source.documents or 0 for source in sources)
     if marks < 0.99 * documents:
         raise UserError(f"{sources[0].path}: end of text, id {eot}, occurs {marks:,} times in {documents:,} documents; "
-                        "check --tokenizer, or tokenize again with it after each (Megatron: --append-eod)")
+                        "check --tokenizer, or tokenize again with --append-eod")
     if twice > marks / 2:
         raise UserError(f"{sources[0].path}: of {marks:,} ends of text, id {eot}, {twice:,} follow another: rows are "
                         "padded with it; keep their attention_mask beside input_ids, or cut the padding off")
@@ -248,19 +225,16 @@ def check_marks(ids, sources, eot):
 
 def count_documents(ids, eot):
     count = int(ids[0] != eot) - int(ids[-1] == eot)
-    return count + sum(int((ids[start : start + BLOCK] == eot).sum()) for start in range(0, len(ids), BLOCK))
+    return count + sum(int((block == eot).sum()) for block in blocks_of(ids))
 
 
-def count_bytes(ids, tokenizer, domain):
+def count_bytes(ids, tokenizer):
     """Return the bytes of the text of some ids, without the marks of its documents."""
-    try:
-        return sum(len(tokenizer.decode(text[text != tokenizer.eot].tolist()))
-                   for text in np.split(ids, np.flatnonzero(ids == tokenizer.eot)))
-    except KeyError as error:
-        raise UserError(f"domain {domain!r}: holds id {error}, which {tokenizer.name} lacks; see --tokenizer") from None
+    texts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+    return sum(len(tokenizer.decode(text[text != tokenizer.eot].tolist())) for text in texts)
 
 
-def link_domain(domain, train, val, folder, tokenizer, dtype, max_val_tokens):
+def link_domain(train, val, folder, tokenizer, dtype, max_val_tokens):
     """Make one domain's train.bin and val.bin; returns its entry in meta.json."""
     folder.mkdir()
     train_path, val_path, eot = folder / "train.bin", folder / "val.bin", tokenizer.eot
@@ -272,8 +246,6 @@ def link_domain(domain, train, val, folder, tokenizer, dtype, max_val_tokens):
         copy(train, train_path, tokenizer, dtype)
     copy(val, val_path, tokenizer, dtype)
     for path, sources in (train_path, train), (val_path, val):
-        if sources and path.stat().st_size < 2 * dtype.itemsize:
-            raise UserError(f"{sources[0].path}: holds no tokens; add some, or remove it")
         if sources:
             check_marks(np.memmap(path, dtype, mode="r"), sources, eot)
     ids = np.memmap(train_path, dtype, mode="r")
@@ -282,14 +254,14 @@ def link_domain(domain, train, val, folder, tokenizer, dtype, max_val_tokens):
         tail = end - max(1, min(max_val_tokens, end // 20))
         begins = np.flatnonzero(ids[tail:-1] == eot)
         if not len(begins):
-            raise UserError(f"{train[-1].path}: no document begins in its last {end - tail:,} tokens: none is "
-                            f"end of text, id {eot}; check --tokenizer, give more data, or raise --max_val_tokens")
+            raise UserError(f"{train[-1].path}: none of its last {end - tail:,} tokens is end of text, id {eot}; check "
+                            "--tokenizer, give more data, or raise --max_val_tokens")
         end = tail + int(begins[0])
         ids[end:].tofile(val_path)
     held_out = np.memmap(val_path, dtype, mode="r")
     entry = {"train_tokens": end, "val_tokens": len(held_out), "train_documents": count_documents(ids[:end], eot),
              "val_documents": count_documents(held_out, eot), "train_bytes": None,
-             "val_bytes": count_bytes(held_out, tokenizer, domain)}  # fmt: skip
+             "val_bytes": count_bytes(held_out, tokenizer)}  # fmt: skip
     if linked:
         entry["train_file_bytes"] = train_path.stat().st_size
     else:
@@ -314,8 +286,7 @@ def main():
     root = Path(args.input)
     tokenizer = load_tokenizer(args.tokenizer, args.eot_token)
     for path in visible(root):
-        if BESIDE.search(path.name):
-            refuse_orphan(path)
+        refuse_orphan(path)
     domains = {}
     for domain, entry, paths in files_by_domain(root, DATA, BESIDE):
         domains[domain] = read_domain(entry, paths, tokenizer, args.dtype)
@@ -328,8 +299,8 @@ def main():
     entries = {}
     with staged(out_dir) as staging:
         for domain, sources in tqdm(domains.items(), desc="linking", unit="domain", disable=None):
-            entries[domain] = link_domain(domain, *sources, staging / folder_name(domain), tokenizer, dtype,
-                                          args.max_val_tokens)
+            folder = staging / folder_name(domain)
+            entries[domain] = link_domain(*sources, folder, tokenizer, dtype, args.max_val_tokens)
         write_meta(staging, tokenizer, dtype, entries)
     print_table(entries, out_dir)
 

@@ -52,8 +52,7 @@ def moved(answer, old, new):
     """Move an answer onto new reference weights: proportional to new * answer / old.
 
     answer: (..., K); old, new: (K,) reference weights, of sum 1 each. Where the old one is 0 or NaN (a domain that the
-    run did not know) the tilt is unknown and the domain keeps its new reference weight; the others share what is left
-    of 1. The answer is 0 on a domain that the new reference leaves out.  Raises UserError where nothing can be moved.
+    run did not know) the domain keeps its new reference weight; the others share what is left of 1.  Raises UserError.
     """
     known = old > 0  # False for NaN
     if not known.any():
@@ -78,21 +77,32 @@ def move_file(path, dataset, new):
     old = provenance.get("reference_weights")
     check_weights(path, answer)
     check_weights(path, old)
-    if old.keys() != answer.keys() or min([*answer.values(), *old.values(), 0]) < 0 or not sum(old.values()) > 0:
-        raise UserError(f"{path}: weights below 0, all 0, or two vectors of different domains; {remedy}")
+    if old.keys() != answer.keys() or not sum(old.values()) > 0:
+        raise UserError(f"{path}: reference weights that are all 0, or of other domains than the answer; {remedy}")
     result = moved(np.array([answer.get(name, 0.0) for name in dataset.domains]),
                    np.array([old.get(name, np.nan) for name in dataset.domains]) / sum(old.values()), new)
     notes = []
-    for what, names in (
-            ("unknown to the answer, so with the new reference weight", dataset.domains - old.keys()),
-            ("of weight 0 in the old reference, so with the new reference weight",
-             {name for name in dataset.domains if old.get(name) == 0}),
-            ("not in this data set, so dropped", old.keys() - set(dataset.domains))):
-        if names:
-            notes.append(f"{', '.join(sorted(names))}: {what}")
+    for name in dataset.domains:
+        if not old.get(name):
+            known = "of weight 0 in the old reference" if name in old else "unknown to the answer"
+            notes.append(f"{name}: {known}, so with the new reference weight")
+    if dropped := sorted(old.keys() - set(dataset.domains)):
+        notes.append(f"{', '.join(dropped)}: not in this data set, so dropped")
     if provenance.get("tokenizer_sha256") != dataset.meta["tokenizer_sha256"]:
         notes.append(f"{dataset.directory} has another tokenizer than the run of {path}; its tilt may be another, too")
     return result, notes
+
+
+def write_mixture(path, dataset, title, weights, reference_weights):
+    """Write what --sampling_weights reads.  reference_weights: (K,) of a moved answer, so it can be moved again."""
+    if path.exists():
+        raise UserError(f"--out={path}: exists already; delete it, or choose another name")
+    provenance = {name: dataset.meta[name] for name in ("tokenizer", "tokenizer_sha256")}
+    provenance |= {"data_dir": dataset.directory, "mixture": title}
+    if reference_weights is not None:
+        provenance["reference_weights"] = dict(zip(dataset.domains, reference_weights.tolist()))
+    content = {"domain_weights": dict(zip(dataset.domains, weights.tolist())), "provenance": provenance}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 # ---- what it prints ----
@@ -158,7 +168,7 @@ def main(argv=None):
     if (args.out or args.trainer or args.onto) and len(args.mixtures) > 1:
         raise UserError(f"--onto, --out and --as are for one mixture, but there are {len(args.mixtures)}; give one")
     dataset = load_dataset(args.data_dir, 1)  # no windows are needed
-    notes = []
+    new, notes = None, []
     if args.onto:
         new = sampling_weights(args.onto, dataset, args.tokens)
         weights, notes = move_file(args.mixtures[0], dataset, new)
@@ -167,14 +177,7 @@ def main(argv=None):
         mixtures = {spec: sampling_weights(spec, dataset, args.tokens) for spec in args.mixtures}
     title, weights = list(mixtures.items())[-1]
     if args.out:
-        if Path(args.out).exists():
-            raise UserError(f"--out={args.out}: exists already; delete it, or choose another name")
-        provenance = {name: dataset.meta[name] for name in ("tokenizer", "tokenizer_sha256")}
-        provenance |= {"data_dir": dataset.directory, "mixture": title}
-        if args.onto:
-            provenance["reference_weights"] = dict(zip(dataset.domains, new.tolist()))
-        content = {"domain_weights": dict(zip(dataset.domains, weights.tolist())), "provenance": provenance}
-        write_atomically(Path(args.out), json.dumps(content, indent=2) + "\n")
+        write_mixture(Path(args.out), dataset, title, weights, new)
     if args.trainer:
         cli.print_anywhere(trainer_words(args.trainer, dataset, weights))
     else:
