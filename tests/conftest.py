@@ -34,6 +34,7 @@ VOCAB = 64
 TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
         "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4",
         "--no-compile"]
+TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]  # what a proxy does not inherit
 
 
 def pytest_addoption(parser):
@@ -47,20 +48,18 @@ def pytest_runtest_setup(item):
 
 def write_dataset(directory, streams, vocab_size=VOCAB, tokenizer="synthetic"):
     """streams: {DOMAIN: (train ids, val ids)}.  Returns the directory, as prepare.py would have left it."""
-    directory = Path(directory)
-    domains = {}
+    directory, domains = Path(directory), {}
     for name, (train, val) in streams.items():
         folder = directory / folder_name(name)
         folder.mkdir(parents=True)
         for split, ids in (("train", train), ("val", val)):
             np.asarray(ids, dtype="<u2").tofile(folder / f"{split}.bin")
         domains[name] = {"train_tokens": len(train), "val_tokens": len(val), "train_documents": 1, "val_documents": 1,
-                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val),
-                         **{f"{split}_sha256": sample_sha256(folder / f"{split}.bin", 2 * len(ids))
-                            for split, ids in (("train", train), ("val", val))}}
+                         "train_bytes": 3 * len(train), "val_bytes": 3 * len(val)}
     (directory / "meta.json").write_text(json.dumps(
         {"format": 1, "tokenizer": tokenizer, "tokenizer_sha256": tokenizer * 4, "vocab_size": vocab_size,
          "eot_token": 0, "dtype": "uint16", "domains": domains}))
+    rehash(directory)
     return directory
 
 
@@ -95,6 +94,16 @@ def data_dir(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory, data_dir):
+    """A finished reference and proxy of data_dir, which tests copy before they break them, and what the first said."""
+    directory = tmp_path_factory.mktemp("runs")
+    reference, proxy = directory / "reference", directory / "proxy"
+    said = run_here("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}").stdout
+    run_here("train_doremi.py", *TRAINING, f"--reference={reference}", f"--out_dir={proxy}")
+    return SimpleNamespace(reference=reference, proxy=proxy, said=said)
+
+
+@pytest.fixture(scope="session")
 def numbered(tmp_path_factory):
     """Three domains whose tokens tell where they are from: domain i counts up from 10,000 i. Windows of 8 + 1."""
     streams = {name: (10_000 * i + np.arange(8 * n + 1), 10_000 * i + 5_000 + np.arange(8 * m + 5))
@@ -113,10 +122,8 @@ def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
 
 
 def run_here(script, *flags, status=0, cwd="."):
-    """Run a script in this process, as `python script flags` would: a run costs its steps, not seconds of imports.
-
-    Return its stdout and stderr; its exit status must be `status`.
-    """
+    """Run a script in this process, as `python script flags` would.  Return its stdout and stderr; its exit status must
+    be `status`."""
     found, threads = 0, torch.get_num_threads()
     handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     torch.set_num_threads(1)

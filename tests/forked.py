@@ -1,7 +1,6 @@
-"""Runs the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
+"""Run the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
 
-The ranks are real processes that meet over gloo, as under torchrun. A process differs from one started by hand only
-where the options of `work` ask for it.
+The ranks are real processes that meet over gloo, as under torchrun.
 """
 
 import io
@@ -37,14 +36,18 @@ def context():
     return ctx
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class Job:
     """A script that is running as `ranks` processes on `nodes` nodes.  In flags, {rank} becomes the rank's number."""
 
     def __init__(self, script, *flags, ranks=1, nodes=1, **options):
         ctx, self.log = context(), tempfile.NamedTemporaryFile("w+", prefix="forked")  # noqa: SIM115
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.processes = [
             ctx.Process(target=work, args=(script, [str(flag).replace("{rank}", str(rank)) for flag in flags], rank,
                                            ranks, ranks // nodes, port, self.log.name), kwargs=options)
@@ -62,11 +65,16 @@ class Job:
         return Path(self.log.name).read_text()
 
 
-def run_forked(script, *flags, status=0, timeout=120, **options):
-    """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).
+def wait_for_metrics(out):
+    """Until a run that has been started logs its first line, for a minute."""
+    metrics, end = Path(out) / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < end and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.05)
 
-    options: ranks, nodes, and those of `work`.
-    """
+
+def run_forked(script, *flags, status=0, timeout=120, **options):
+    """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).  options:
+    ranks, nodes, and those of `work`."""
     job, end = Job(script, *flags, **options), time.monotonic() + timeout
     while (left := [p for p in job.processes if p.exitcode is None]) and time.monotonic() < end:
         if any(p.exitcode and (p.exitcode != status or status < 0) for p in job.processes):
@@ -147,11 +155,8 @@ def arm(point, n):
 
 
 def note(path):
-    """Save to `path` what this rank did:
-
-    gradients {name: tensor} per step, of the global batch, before they are clipped;  held: bytes of parameters on this
-    rank.
-    """
+    """Save to `path` the gradients {name: tensor} of every step, of the global batch, before they are clipped, and how
+    many bytes of parameters this rank held."""
     from common import ranks
     from common.run import Run
 
@@ -173,8 +178,8 @@ def note(path):
 
 
 def forbid_waits():
-    """Make CUDA raise an error wherever a step waits for the card, but where a line, an evaluation or a checkpoint is
-    due, and before the second line: until then memory is found and code is compiled."""
+    """Make CUDA raise where a step waits for the card, unless a line, evaluation or checkpoint is due, and from the
+    second line on: until then memory is found and code is compiled."""
     from common import ranks
     from common.run import Run
 

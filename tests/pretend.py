@@ -1,7 +1,6 @@
-"""Pretended cards: run a script, and all that it starts, as if this machine had GPUs.
+"""Pretended cards: run a script, and all that it starts, as if this machine had a GPU.
 
-    python tests/pretend.py SCRIPT FLAG...                                                       one card
-    python tests/pretend.py count=2 -m torch.distributed.run --nproc_per_node=2 SCRIPT FLAG...   NAME=VALUE of `Cards`
+    python tests/pretend.py SCRIPT FLAG...      or: -m MODULE FLAG...
 
 A tensor on a card is a wrapper around a CPU tensor that says it is there. Its values are real, so results are those of
 a CPU. What a card would refuse is refused: tensors of two devices in one operation, .numpy(), a card's tensor in a
@@ -51,6 +50,33 @@ def on_card(device=None):
     return isinstance(device, (str, torch.device)) and torch.device(device).type == CARDS.type
 
 
+def dispatch(func, types, args=(), kwargs=None):
+    """Run an operation on what the cards' tensors hold.  Its results are on the card if its arguments are, or if it
+    is asked to put them there."""
+    if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
+        return NotImplemented  # these take themselves apart; their parts come back here
+    kwargs, cards, others = kwargs or {}, [], []
+    held_args = taken_off(args, cards, others)
+    held_kwargs = {key: taken_off(value, cards, others) for key, value in kwargs.items()}
+    name, target = func._schema.name.partition("::")[2], kwargs.get("device")
+    if target is not None and target.type == "meta" and not STATE["meta"] and all(not t.is_meta for t in others):
+        target = current()  # C++ asks for a tensor where one of the cards' is
+    check_places(func, name, cards, others, target)
+    if waits(name, cards, others, target, args, kwargs):
+        wait(name)
+    STATE["launched"] += bool(cards)
+
+    held_kwargs.pop("pin_memory", None)
+    if on_card(target):
+        held_kwargs["device"] = torch.device("cpu")
+    out = func(*held_args, **held_kwargs)
+    if func.namespace == "_c10d_functional" and name != "wait_tensor":
+        tree_map_only(torch.Tensor, wait_tensor, out)  # gloo, unlike a card, would be read while it still writes
+    if name == "copy_":
+        return args[0]
+    return put_on(out, cards) if on_card(target) or (target is None and cards) else out
+
+
 class OnCard(torch.Tensor):
     """held: the CPU tensor with the values.  C++ believes that this one has no memory, as on the meta device."""
 
@@ -69,76 +95,31 @@ class OnCard(torch.Tensor):
     is_cuda = property(lambda self: CARDS.type == "cuda")
     is_cpu = is_meta = property(lambda self: False)
 
-    @property
-    def data(self):
-        return self.detach()
-
-    @data.setter
-    def data(self, other):
+    def set_data(self, other):
         torch.Tensor.data.__set__(self, other)
         self.held = other.held
+
+    data = property(torch.Tensor.detach, set_data)
 
     def numpy(self, **_):
         raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
 
-    def __array__(self, *_):
-        self.numpy()
-
     def tolist(self):
-        wait("tolist")
-        return self.held.tolist()
+        return self.cpu().tolist()
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError("a tensor on the card is pickled; a machine without a card could not read it")
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return dispatch(func, types, args, kwargs or {})
+    def __torch_dispatch__(cls, *call):
+        return dispatch(*call)
 
 
 class Everywhere(TorchDispatchMode):
     """Sees what makes a tensor on the card, too, and what mixes it with others."""
 
-    @classmethod
-    def _should_skip_dynamo(cls):  # which is slow, and nothing is compiled here
-        return False
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return dispatch(func, types, args, kwargs or {})
-
-
-def wait(what):
-    """The host waits for the card here."""
-    if STATE["sync_debug_mode"] == "error":
-        raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
-
-
-def dispatch(func, types, args, kwargs):
-    """Run an operation on what the cards' tensors hold.  Its results are on the card if its arguments are, or if it
-    is asked to put them there."""
-    if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
-        return NotImplemented  # these take themselves apart; their parts come back here
-    cards, others = [], []
-    held_args = taken_off(args, cards, others)
-    held_kwargs = {key: taken_off(value, cards, others) for key, value in kwargs.items()}
-    name, target = func._schema.name.partition("::")[2], kwargs.get("device")
-    no_meta = not STATE["meta"] and all(t.device.type != "meta" for t in others)
-    if target is not None and target.type == "meta" and no_meta:
-        target = current()  # C++ asks for a tensor where one of the cards' is
-    check_places(func, name, cards, others, target)
-    if waits(name, cards, others, target, args, kwargs):
-        wait(name)
-    STATE["launched"] += bool(cards)
-
-    held_kwargs.pop("pin_memory", None)
-    if on_card(target):
-        held_kwargs["device"] = torch.device("cpu")
-    out = func(*held_args, **held_kwargs)
-    if func.namespace == "_c10d_functional" and name != "wait_tensor":
-        tree_map_only(torch.Tensor, wait_tensor, out)  # gloo, unlike a card, would be read while it still writes
-    if name == "copy_":
-        return args[0]
-    return put_on(out, cards) if on_card(target) or (target is None and cards) else out
+    def __torch_dispatch__(self, *call):
+        return dispatch(*call)
 
 
 def taken_off(value, cards, others):
@@ -156,10 +137,8 @@ def taken_off(value, cards, others):
 def put_on(value, cards):
     """The results of an operation on the card; an operation in place returns its argument."""
     if isinstance(value, torch.Tensor):
-        for t in cards:
-            if t.held is value:
-                return t
-        return OnCard(value)
+        same = [t for t in cards if t.held is value]
+        return same[0] if same else OnCard(value)
     if isinstance(value, (list, tuple)):
         return type(value)(put_on(item, cards) for item in value)
     return value
@@ -172,8 +151,7 @@ def check_places(func, name, cards, others, target):
     if STATE["nccl"] and func._schema.name.startswith("c10d::") and others:
         raise RuntimeError(f"{name}: No backend type associated with device type {others[0].device.type}")
     if cards and name not in ("_to_copy", "copy_") and any(t.dim() > 0 and t.device.type == "cpu" for t in others):
-        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found at least two devices, "
-                           f"{current()} and cpu")
+        raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {current()} and cpu")
 
 
 def waits(name, cards, others, target, args, kwargs):
@@ -187,35 +165,37 @@ def waits(name, cards, others, target, args, kwargs):
     return name in WAITS and bool(cards)
 
 
-# ---- what PyTorch says of cards ------------------------------------------------------------------------------------
+def wait(what):
+    """The host waits for the card here."""
+    if STATE["sync_debug_mode"] == "error":
+        raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+
+
+# ---- what PyTorch says of cards ----
 
 
 class Stream:
+    """All work is done when it is asked for, so no stream has to wait for another."""
+
     def __init__(self, *_, **__):
         self.device = current()
-
-    def nothing(self, *_):
-        pass
-
-    wait_stream = wait_event = __exit__ = nothing
+        self.wait_stream = self.wait_event = lambda *_: None
 
     def __enter__(self):
         return self
 
-    def record_event(self, event=None):
-        event = event or Event()
-        event.record()
-        return event
+    def __exit__(self, *_):
+        pass
 
-    def synchronize(self):
-        wait("stream.synchronize")
+    def record_event(self, event=None):
+        return event or Event()
 
 
 class Event:
     """Waiting for an event costs nothing but where the card has no more work behind it."""
 
     def __init__(self, *_, **__):
-        self.after = STATE["launched"]
+        self.record()
 
     def record(self, *_):
         self.after = STATE["launched"]
@@ -224,52 +204,28 @@ class Event:
         if self.after == STATE["launched"]:
             wait("event.synchronize")
 
-    def wait(self, *_):
-        pass
-
-    def query(self):
-        return True
-
-
-def set_device(device, index_of=torch.cuda._get_device_index):
-    """index_of: PyTorch's own, which refuses a device without an index."""
-    index = index_of(device)
-    if index >= CARDS.count:
-        raise RuntimeError("CUDA error: invalid device ordinal")
-    STATE["index"] = index
-
 
 def install(**settings):
     """Give this process cards, for as long as it lives.  settings: of `Cards`."""
-    for name, value in settings.items():
-        setattr(CARDS, name, type(getattr(CARDS, name))(value))
+    vars(CARDS).update(settings)
     pretend_tensors()
     if CARDS.type == "mps":
         pretend_mps()
     else:
         pretend_cuda()
-        pretend_nccl()
-        pretend_sharding()
+        pretend_ranks()
     Everywhere().__enter__()
 
 
 def pretend_tensors():
     """Replace what C++ would do on a card without asking anybody."""
     _device._device_constructors()  # a cached list, which must know the real torch.empty
-    empty, tensor = torch.empty, torch.tensor
+    empty, tensor, torch_function = torch.empty, torch.tensor, _device.DeviceContext.__torch_function__
 
     def tensor_there(data, *args, device=None, **kwargs):
         if on_card(device):
             return tensor(data, *args, **kwargs).to(device)
         return tensor(data, *args, device=device, **kwargs)
-
-    torch.tensor = tensor_there
-    torch.empty = lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs)
-    torch.Tensor.pin_memory = lambda self, *_: self
-    torch.compile = lambda model=None, **_: model
-    torch.nn.Module.compile = lambda *_, **__: None
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    torch_function = _device.DeviceContext.__torch_function__
 
     def noted(self, *args):
         """Tell torch.device("meta") from C++, which takes a card's tensor for one on the meta device."""
@@ -280,6 +236,10 @@ def pretend_tensors():
             STATE["meta"] = False
 
     _device.DeviceContext.__torch_function__ = noted
+    torch.tensor = tensor_there
+    torch.empty = lambda *size, pin_memory=False, **kwargs: empty(*size, **kwargs)
+    torch.Tensor.pin_memory = lambda self, *_: self
+    torch.compile = lambda model=None, **_: model
 
 
 def pretend_mps():
@@ -289,22 +249,28 @@ def pretend_mps():
     def to_mps(self, *args, **kwargs):
         """C++ refuses mps before it asks anybody."""
         words = [*args, *kwargs.values()]
-        if not any(on_card(word) for word in words):
+        if not any(map(on_card, words)):
             return to(self, *args, **kwargs)
         if True in words:  # non_blocking
             raise RuntimeError("MPS may read the memory after it was given back")
-        dtypes = [word for word in words if isinstance(word, torch.dtype)]
         moved = self if isinstance(self, OnCard) else OnCard(self.detach().clone())
+        dtypes = [word for word in words if isinstance(word, torch.dtype)]
         return to(moved, *dtypes) if dtypes else moved
 
     torch.Tensor.to = to_mps
 
 
 def pretend_cuda():
+    cuda, stream, index_of = torch.cuda, Stream(), torch.cuda._get_device_index  # which wants an index
+
+    def set_device(device):
+        STATE["index"] = index_of(device)
+        if STATE["index"] >= CARDS.count:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+
     class Properties:
         major, minor = map(int, CARDS.capability.split("."))
 
-    cuda, stream = torch.cuda, Stream()
     cuda._lazy_init = lambda: None
     cuda.is_available = cuda.is_initialized = lambda: True
     cuda.device_count = lambda: CARDS.count
@@ -313,7 +279,7 @@ def pretend_cuda():
     cuda.get_device_name = lambda *_: CARDS.name
     cuda.get_device_properties = lambda *_: Properties
     cuda.get_device_capability = lambda *_: (Properties.major, Properties.minor)
-    cuda.get_arch_list = lambda: ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    cuda.get_arch_list = lambda: ["sm_75", "sm_80", "sm_90"]
     cuda.synchronize = lambda *_: wait("cuda.synchronize")
     cuda.set_sync_debug_mode = lambda mode: STATE.update(sync_debug_mode=mode)
     cuda.max_memory_allocated = lambda *_: 1
@@ -325,10 +291,10 @@ def pretend_cuda():
     torch.version.cuda, torch.version.hip = (None, CARDS.hip) if CARDS.hip else ("13.0", None)
 
 
-def pretend_nccl():
-    """gloo underneath; objects travel on the card."""
-    c10d = dist.distributed_c10d
-    init_process_group, to_object = c10d.init_process_group, c10d._tensor_to_object
+def pretend_ranks():
+    """gloo underneath; objects travel on the card. A sharded tensor says where its parts are."""
+    c10d, to = dist.distributed_c10d, torch.Tensor.to
+    init_process_group = c10d.init_process_group
 
     def init(backend=None, *args, device_id=None, **kwargs):
         if backend == "nccl" and device_id is not None and device_id.index is None:
@@ -338,28 +304,16 @@ def pretend_nccl():
 
     dist.init_process_group = c10d.init_process_group = init
     c10d._get_object_coll_device = lambda *_: str(current()) if STATE["nccl"] else "cpu"
-    c10d._tensor_to_object = lambda tensor, *args: to_object(tensor.cpu(), *args)
     dist.is_nccl_available = c10d.is_nccl_available = lambda: True
-
-
-def pretend_sharding():
-    """A sharded tensor says where its parts are.  FSDP2 moves nothing in place, which a wrapper cannot."""
-    _fsdp_init._move_states_to_device = lambda *_: None
-    to = torch.Tensor.to
-    DTensor.device = property(lambda self: self._local_tensor.device)
-    for name in ("is_meta", "is_cuda", "is_cpu"):
+    _fsdp_init._move_states_to_device = lambda *_: None  # FSDP2 would move them in place, which a wrapper cannot
+    for name in ("device", "is_meta", "is_cuda", "is_cpu"):
         setattr(DTensor, name, property(lambda self, name=name: getattr(self._local_tensor, name)))
     DTensor.to = lambda self, *args, **kwargs: self if on_card(*args[:1]) else to(self, *args, **kwargs)
 
 
-
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    settings = {}
-    while words and "=" in words[0] and not words[0].startswith("-"):
-        name, _, settings[name] = words.pop(0).partition("=")
     with tempfile.TemporaryDirectory() as folder:
-        start = "import json, os, pretend\nif os.environ.get('CUDA_VISIBLE_DEVICES') != '':\n"
-        Path(folder, "sitecustomize.py").write_text(start + f"    pretend.install(**{settings!r})\n")
+        hidden = "os.environ.get('CUDA_VISIBLE_DEVICES') == ''"
+        Path(folder, "sitecustomize.py").write_text(f"import os, pretend\n{hidden} or pretend.install()\n")
         path = os.pathsep.join([folder, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        sys.exit(subprocess.call([sys.executable, *words], env={**os.environ, "PYTHONPATH": path}))
+        sys.exit(subprocess.call([sys.executable, *sys.argv[1:]], env={**os.environ, "PYTHONPATH": path}))

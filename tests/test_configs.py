@@ -8,9 +8,6 @@ from conftest import ROOT, run_here
 
 SMALL = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32",
          "--batch_size=12", "--micro_batch_size=3", "--max_steps=4", "--warmup_steps=1", "--eval_windows=2"]
-# What a proxy takes over although the paper's recipe does not depend on it: without it, it passes 512 sequences at once
-KEPT = ("micro_batch_size", "activation_checkpointing", "log_interval", "eval_interval", "eval_windows",
-        "save_interval", "learning_rate", "min_lr", "lr_schedule", "weight_decay", "beta1", "beta2")
 
 
 def commands(config):
@@ -34,7 +31,3 @@ def test_commands_of_a_head_run_as_printed(config, data_dir, tmp_path):
     assert ran
     for script, *flags in ran:
         run_here(script, *flags, *(SMALL if script in ("train_reference.py", "train_large.py") else []), cwd=tmp_path)
-    if (tmp_path / "checkpoints/proxy/config.json").exists():
-        theirs, own = (json.loads((tmp_path / f"checkpoints/{run}/config.json").read_text())["flags"]
-                       for run in ("reference", "proxy"))
-        assert {name: own[name] for name in KEPT} == {name: theirs[name] for name in KEPT}

@@ -1,8 +1,8 @@
 """Algorithm 1 is computed exactly, under every split into nodes, ranks and micro-batches.
 
-The product's runs are compared, step by step, with the oracle (oracle.py), which shares no code with them. Three data
-sets: `even`, four domains that fill every batch; `skewed`, whose rarest domain appears in one batch of eight; `many`,
-thirty domains for batches of 24, so some are absent at every step.
+The product's runs are compared, step by step, with oracle.py, which shares no code with them. Three data sets: `even`,
+four domains that fill every batch; `skewed`, whose rarest domain appears in one batch of eight; `many`, thirty domains
+for batches of 24, so some are absent at every step.
 """
 
 import functools
@@ -28,29 +28,28 @@ pytestmark = pytest.mark.filterwarnings("ignore:domain .* has been repeated")
 
 BATCH, STEPS = 24, 20
 SHAPE = {"block_size": 16, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 16, "n_ffn": 24}
-# At twice this learning rate the runs amplify: in the case `many`, a float32 rounding of the initial parameters alone
-# moves the oracle's excess by 1e-4 in twenty steps.
+MODEL = [f"--{name}={value}" for name, value in SHAPE.items()]
+# At twice this learning rate, float32 rounding of the initial parameters alone moves the excess of `many` by 1e-4.
 FLAGS = [f"--batch_size={BATCH}", "--learning_rate=0.01", "--warmup_steps=4", "--weight_decay=0.1", "--eval_windows=2",
          "--log_interval=1", "--no-compile"]
 SAMPLING = {"even": "uniform", "skewed": "0.9,0.075,0.02,0.005", "many": "uniform"}
 NUMBERS = itertools.count()  # of runs: each has its directory
 
 
+def make_world(directory, case, dtype, launch=run_forked):
+    """Write data to a directory, and train a reference that has learnt something of it."""
+    successors = [1, 2, 8, 3] if case != "many" else [1 + i % 9 for i in range(30)]
+    data = markov_dataset(directory / "data", [(f"domain{i}", 1500, n) for i, n in enumerate(successors)], 100, 5)
+    launch("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
+           *FLAGS, *MODEL, "--max_steps=40", "--seed=3", "--sampling_weights=uniform",
+           f"--lr_schedule={'exponential' if case == 'even' else 'cosine'}")
+    return directory
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A function from (case, dtype) to a directory that holds data, and a reference that has learnt something of it."""
-    @functools.cache
-    def make(case, dtype):
-        directory = tmp_path_factory.mktemp(f"{case}-{dtype}")
-        successors = [1, 2, 8, 3] if case != "many" else [1 + i % 9 for i in range(30)]
-        data = markov_dataset(directory / "data", [(f"domain{i}", 1500, n) for i, n in enumerate(successors)], 100, 5)
-        run_forked("train_reference.py", f"--data_dir={data}", f"--out_dir={directory}/reference", f"--dtype={dtype}",
-                   *FLAGS, *(f"--{name}={value}" for name, value in SHAPE.items()), "--max_steps=40", "--seed=3",
-                   "--sampling_weights=uniform",
-                   f"--lr_schedule={'exponential' if case == 'even' else 'cosine'}")
-        return directory
-
-    return make
+    """A function from (case, dtype) to what make_world makes, once."""
+    return functools.cache(lambda case, dtype: make_world(tmp_path_factory.mktemp(f"{case}-{dtype}"), case, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +95,7 @@ EVERY = itertools.product(SAMPLING, ["float64", "float32"], [(1, 24), (1, 6), (2
 
 @pytest.mark.parametrize("case, dtype, ranks, micro_batch_size, nodes", [
     ("even", "float64", 1, 24, 1), ("even", "float64", 2, 12, 1), ("skewed", "float64", 2, 4, 1),
-    ("skewed", "float64", 4, 3, 2), ("many", "float64", 1, 6, 1), ("many", "float64", 4, 3, 1),
-    ("skewed", "float32", 2, 4, 1), ("skewed", "float32", 4, 3, 1),
+    ("skewed", "float64", 4, 3, 2), ("many", "float64", 4, 3, 1), ("skewed", "float32", 4, 3, 1),
     *(pytest.param(case, dtype, *split, 1, marks=pytest.mark.slow) for case, dtype, split in EVERY)])
 def test_run_is_the_oracles(world, truth, case, dtype, ranks, micro_batch_size, nodes):
     """Twenty steps against the oracle: alpha, excess, every parameter's gradient, final parameters, the answer."""
@@ -146,39 +144,32 @@ def test_update_by_hand():
 
 
 def test_alpha_carries_over():
-    """Each step multiplies the odds by three; from the smoothed alpha, not from the raw one."""
+    """Each step multiplies the odds by three."""
     alpha, excess = double(0.5, 0.5), double(math.log(3), 0)
     for odds in (3, 9, 27):
         alpha = update_alpha(alpha, excess, step_size=1.0, smoothing=0.0)
         assert alpha[0] / alpha[1] == pytest.approx(odds, rel=1e-14)
-    first = update_alpha(double(0.5, 0.5), excess, 1.0, 0.2)  # 0.8 * (3/4, 1/4) + 0.1 = (0.7, 0.3)
-    assert first.tolist() == pytest.approx([0.7, 0.3], abs=1e-15)
-    second = update_alpha(first, excess, 1.0, 0.2)  # (2.1, 0.3) / 2.4 = (7/8, 1/8) -> 0.8 * (7/8, 1/8) + 0.1
-    assert second.tolist() == pytest.approx([0.8, 0.2], abs=1e-15)
 
 
 def test_update_survives_any_excess():
-    """exp(1e4) is infinite, the weights are not: all but the smoothing goes to the first domain."""
-    alpha = update_alpha(double(0.25, 0.25, 0.25, 0.25), double(1e4, 0, 0, 9e3), step_size=1.0, smoothing=1e-3)
-    assert alpha.tolist() == pytest.approx([1 - 0.75e-3, 0.25e-3, 0.25e-3, 0.25e-3], abs=1e-15)
-    again = update_alpha(alpha, double(0, 0, 0, 1e4), step_size=1.0, smoothing=1e-3)  # no weight is ever lost for good
-    assert again.tolist() == pytest.approx([0.25e-3, 0.25e-3, 0.25e-3, 1 - 0.75e-3], abs=1e-15)
+    """exp(1e4) is infinite, the weights are not, and no weight is ever lost for good."""
+    alpha = double(0.25, 0.25, 0.25, 0.25)
+    for winner in (0, 3):
+        excess = double(0, 0, 0, 0)
+        excess[winner] = 1e4
+        alpha = update_alpha(alpha, excess, step_size=1.0, smoothing=1e-3)
+        expected = [1 - 0.75e-3 if i == winner else 0.25e-3 for i in range(4)]  # all but the smoothing
+        assert alpha.tolist() == pytest.approx(expected, abs=1e-15)
 
 
 def test_uniform_alpha_is_ordinary_training(world):
-    """Step size 0 and uniform sampling: alpha stays 1/K, and a proxy is the reference's run but for rounding.
-
-    24 sequences of 4 domains: 6 of each, so the mean of the domains' means is the mean over all tokens.
-    """
+    """Step size 0, six sequences of each domain: alpha stays 1 / K, and a proxy is the reference's run to rounding."""
     directory = world("even", "float64")
     common = [f"--data_dir={directory}/data", *FLAGS, "--max_steps=5", "--seed=3",
               "--dtype=float64", "--sampling_weights=uniform", "--lr_schedule=cosine"]
-    run_forked("train_reference.py", f"--out_dir={directory}/plain", *common,
-               *(f"--{name}={value}" for name, value in SHAPE.items()))
+    run_forked("train_reference.py", f"--out_dir={directory}/plain", *common, *MODEL)
     run_forked("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={directory}/still", "--step_size=0",
                *common)
     plain, still = (torch.load(directory / name / "ckpt.pt", weights_only=True) for name in ("plain", "still"))
     assert distance(plain["model"], still["model"]) < 1e-12
     assert distance(still["alpha_history"], np.full((5, 4), 0.25)) < 1e-15
-    assert [line["loss"] for line in read_metrics(directory / "plain") if "loss" in line] == pytest.approx(
-        [line["loss"] for line in read_metrics(directory / "still") if "loss" in line], abs=1e-12)

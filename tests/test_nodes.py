@@ -1,9 +1,7 @@
 """Several nodes, and ranks that die or hang: real processes under torchrun. All of it is slow."""
 
-import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, run_here
+from forked import distance, free_port
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -33,20 +32,16 @@ def start(reference):
     """A function that starts a proxy under a launcher; what is left of its processes at the end is killed."""
     started = []
 
-    def make(launcher, out, *flags, env=None):
+    def make(launcher, out, *flags, **env):
         command = [*map(str, launcher), str(ROOT / "train_doremi.py"), f"--reference={reference}", f"--out_dir={out}",
                    "--log_interval=3", "--eval_windows=4", "--no-compile", *flags]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}))
+                                        env={**os.environ, "OMP_NUM_THREADS": "1", **env}))
         return started[-1]
 
     yield make
     for process in started:
-        if process.poll() is None:
-            for pid in [*ranks_of(process).values(), process.pid]:  # torchrun puts ranks into sessions of their own
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+        process.terminate()  # torchrun ends its ranks
 
 
 def finish(process, status=0):
@@ -60,26 +55,23 @@ def ranks_of(process):
     """{rank: pid} of the training processes below a launcher."""
     found = {}
     for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        with contextlib.suppress(OSError):
-            environ = dict(item.partition("=")[::2] for item in Path(f"/proc/{pid}/environ").read_text().split("\0"))
-            if "RANK" in environ:
-                found[int(environ["RANK"])] = int(pid)
+        rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{pid}/environ").read_text())
+        if rank:
+            found[int(rank[1])] = int(pid)
     return found
 
 
 def wait_for_checkpoint(process, run):
-    while not (run / "ckpt.pt").exists():
-        assert process.poll() is None, process.communicate()[0]
+    while process.poll() is None and not (run / "ckpt.pt").exists():
         time.sleep(0.01)
 
 
 def test_killed_rank_comes_back(tmp_path, start):
-    """SIGKILL of one rank in mid-run: torchrun starts all ranks again, and they end with the bits of a run that nobody
-    disturbed."""
+    """SIGKILL of one rank: torchrun starts all ranks again, and they end with the bits of an undisturbed run."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "run"
     finish(start(TWO_RANKS, undisturbed, *LONG))
     process = start([*TWO_RANKS, "--max-restarts=3"], out, *LONG, "--resume",
-                    env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+                    TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for_checkpoint(process, out)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     output = finish(process)
@@ -90,54 +82,27 @@ def test_killed_rank_comes_back(tmp_path, start):
 
 
 def test_hanging_rank_ends_the_job(tmp_path, start):
-    """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and its summary
-    names it: the rank that had to be killed, while the others ended by themselves."""
+    """SIGSTOP of one rank: the others give up after --timeout, torchrun kills it half a minute later, and says so."""
     process = start(TWO_RANKS, tmp_path / "run", *LONG, "--timeout=20", "--max_steps=9999")
     wait_for_checkpoint(process, tmp_path / "run")
     os.kill(ranks_of(process)[1], signal.SIGSTOP)
     begin = time.monotonic()
     output = finish(process, status=1)
     assert time.monotonic() - begin < 20 + 30 + 60, output  # 20 of ours, 30 of torchrun, and a slow machine
-    assert "Timed out waiting 20000ms" in output
     status = dict(re.findall(r"rank +: (\d) .*\n +exitcode +: (-?\d+)", output))
-    assert status == {"0": "1", "1": "-9"}, output
+    assert status == {"0": "1", "1": "-9"}, output  # rank 1 had to be killed
 
 
-def ip(*words):
-    return subprocess.run(["ip", *words], capture_output=True, text=True).returncode == 0
-
-
-@pytest.fixture
-def two_nodes():
-    """Two network namespaces that see each other over a cable, and nothing else: ((name, address), ...)."""
-    names = [f"doremi{os.getpid()}{end}" for end in "ab"]
-    addresses = ["10.77.0.1", "10.77.0.2"]
-    if not shutil.which("ip") or not ip("netns", "add", names[0]):
-        pytest.skip("no right to make network namespaces")
-    try:
-        assert ip("netns", "add", names[1])
-        assert ip("-n", names[0], "link", "add", "cable", "type", "veth", "peer", "name", "cable", "netns", names[1])
-        for name, address in zip(names, addresses):
-            assert ip("-n", name, "addr", "add", f"{address}/24", "dev", "cable")
-            assert ip("-n", name, "link", "set", "cable", "up") and ip("-n", name, "link", "set", "lo", "up")
-        yield list(zip(names, addresses))
-    finally:
-        for name in names:
-            ip("netns", "del", name)
-
-
-def test_two_nodes(tmp_path, start, two_nodes):
+def test_two_nodes(tmp_path, start):
     """Two nodes of two ranks each: the same alpha as one node of four, and one rank, to rounding."""
     flags = ["--max_steps=12", "--micro_batch_size=3"]
-    nodes = [start(["ip", "netns", "exec", name, *TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_id=test",
-                    "--rdzv_backend=c10d", f"--rdzv_endpoint={two_nodes[0][1]}:29511", f"--local_addr={address}",
-                    f"--rdzv_conf=is_host={int(node == 0)}"], tmp_path / "two", *flags,
-                   env={"GLOO_SOCKET_IFNAME": "cable"}) for node, (name, address) in enumerate(two_nodes)]
+    node = [*TORCHRUN, "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    nodes = [start([*node, f"--rdzv_conf=is_host={int(i == 0)}"], tmp_path / "two", *flags) for i in range(2)]
     for process in nodes:
         finish(process)
     finish(start([*TORCHRUN, "--standalone", "--nproc_per_node=4"], tmp_path / "one", *flags))
     finish(start([sys.executable], tmp_path / "alone", *flags))
     two, one, alone = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True)["alpha_history"]
                        for name in ("two", "one", "alone"))
-    print(f"\ntwo nodes against one: {(two - one).abs().max():.1e}, against one rank: {(two - alone).abs().max():.1e}")
-    assert (two - one).abs().max() < 1e-10 and (two - alone).abs().max() < 1e-10
+    assert distance(two, one) < 1e-10 and distance(two, alone) < 1e-10

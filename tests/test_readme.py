@@ -1,6 +1,5 @@
 """The README's commands work as they are printed, and the demo runs the same ones."""
 
-import hashlib
 import inspect
 import json
 import os
@@ -10,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_texts
 from forked import run_forked
 
 README = (ROOT / "README.md").read_text()
@@ -21,12 +20,10 @@ PIPELINE = COMMANDS[: [command.startswith("-m tools.export_hf") for command in C
 
 def test_commands_run_on_a_small_data_set(tmp_path):
     """Nothing is changed but where they read and write, the size of the models, and the share of the few documents."""
-    texts = tmp_path / "data/demo-text"
-    texts.mkdir(parents=True)
     for name, modules in {"short": "argparse inspect pickle typing", "middle": "doctest pdb pydoc subprocess tarfile",
                           "long": "ast calendar configparser difflib mailbox optparse statistics zipfile"}.items():
         sources = [inspect.getsource(__import__(module)) for module in modules.split()]
-        (texts / f"{name}.txt").write_text("\n\n".join(sources))
+        write_texts(tmp_path / f"data/demo-text/{name}.jsonl", sources)
     assert PIPELINE[0] == "demo/corpus.py data/demo-text"  # the slow test below runs it
     small = {"prepare.py": ["--val_fraction=0.2"], "train_reference.py": TINY, "train_large.py": TINY}
     for command in PIPELINE[1:]:
@@ -38,55 +35,48 @@ def test_commands_run_on_a_small_data_set(tmp_path):
     answer = json.loads((tmp_path / "checkpoints/proxy/weights.json").read_text())["domain_weights"]
     large = json.loads((tmp_path / "checkpoints/large-doremi/config.json").read_text())
     assert large["sampling_weights"] == pytest.approx(answer) and set(answer) == {"short", "middle", "long"}
-    assert (tmp_path / "checkpoints/large-doremi/compare.png").stat().st_size > 10_000
+    assert (tmp_path / "checkpoints/large-doremi/compare.png").exists()
     assert (tmp_path / "hf/large-doremi/model.safetensors").exists()
 
 
 FAKE = """#!/bin/sh
-# A python that writes down what it is asked to run. It imports if there is a file NAME.ready, has pip if NAME.pip
-echo "NAME $@" >> ROOT/asked
+# A python that writes down what it is asked to run. It imports if there is a file $0.ready, has pip if $0.pip
+echo "${0##*/} $@" >> asked
 case "$*" in
-    "-c import"*) [ -e ROOT/NAME.ready ];;
-    "-m pip --version") [ -e ROOT/NAME.pip ];;
-    "-m venv"*) mkdir -p ROOT/.venv/bin; cp ROOT/fake ROOT/.venv/bin/python; touch ROOT/venv.pip;;
-    "-m ensurepip") touch ROOT/venv.pip;;
+    "-c import"*) [ -e $0.ready ];;
+    "-m pip --version") [ -e $0.pip ];;
+    "-m venv"*) mkdir -p .venv/bin; cp $0 .venv/bin/python; touch .venv/bin/python.pip;;
+    "-m ensurepip") touch $0.pip;;
 esac
 """
 
 
-def run_demo(folder, *ready):
+def run_demo(folder, *files):
     """Run demo.sh with pythons that only write it down.  Return what was asked of them, imports apart."""
     for name in ("demo.sh", "requirements.txt", "environment.sh"):
         shutil.copy(ROOT / name, folder / name)
-    fake = FAKE.replace("ROOT", str(folder))
-    for name, file in ("base", "bin/python3"), ("venv", ".venv/bin/python"), ("uv", "bin/uv"), ("venv", "fake"):
-        if name in ready or name == "base" or file == "fake":
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(fake.replace("NAME", name))
-            (folder / file).chmod(0o755)
-    for name in ready:
-        (folder / name).touch()
-    env = {**os.environ, "PATH": f"{folder}/bin:/usr/bin:/bin"}
-    env.pop("PYTHON", None)
-    subprocess.run(["./demo.sh"], cwd=folder, check=True, env=env)
-    asked = [line for line in (folder / "asked").read_text().splitlines() if " -c " not in line]
-    return [line for line in asked if not line.endswith("--version")]
+    for file in ("bin/python3", *files):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(FAKE)
+        (folder / file).chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    subprocess.run(["./demo.sh"], cwd=folder, check=True, env={**env, "PATH": f"{folder}/bin:/usr/bin:/bin"})
+    asked = (folder / "asked").read_text().splitlines()
+    return [line for line in asked if " -c " not in line and not line.endswith("--version")]
 
 
-INSTALL = "-m pip install -q -r requirements.txt"
+VENV, INSTALL = ".venv/bin/python", "-m pip install -q -r requirements.txt"
 
 
-@pytest.mark.parametrize("ready, asked", [
-    (["venv", "venv.ready"], []),  # made by uv: no pip in it, nothing to install
-    (["base.ready"], []), (["venv", "venv.pip", "base.ready"], []),  # the active environment
-    (["venv", "uv"], ["uv pip install -q --python .venv/bin/python -r requirements.txt"]),
-    (["venv", "venv.pip", "uv"], [f"venv {INSTALL}"]),
-    (["venv"], ["venv -m ensurepip", f"venv {INSTALL}"]),  # killed while it was made
-    ([], ["base -m venv --clear .venv", f"venv {INSTALL}"])])
-def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, ready, asked):
-    found = run_demo(tmp_path, *ready)
+@pytest.mark.parametrize("files, python, asked", [
+    ([VENV, f"{VENV}.ready"], "python", []),  # made by uv: no pip in it, nothing to install
+    ([VENV, "bin/python3.ready"], "python3", []),  # the active environment
+    ([VENV, "bin/uv"], "python", ["uv pip install -q --python .venv/bin/python -r requirements.txt"]),
+    ([VENV], "python", ["python -m ensurepip", f"python {INSTALL}"]),  # killed while it was made
+    ([], "python", ["python3 -m venv --clear .venv", f"python {INSTALL}"])])
+def test_demo_runs_the_commands_in_the_environment_that_is_there(tmp_path, files, python, asked):
+    found = run_demo(tmp_path, *files)
     assert found[: len(asked)] == asked
-    python = "base" if "base.ready" in ready else "venv"
     ran = [line.removeprefix(f"{python} ").removesuffix(" --resume") for line in found[len(asked) :]]
     for command in PIPELINE:
         assert command in ran or command.startswith(("compare.py", "evaluate.py", "-m "))
@@ -105,11 +95,8 @@ def test_code_that_the_readme_quotes():
 @pytest.mark.slow
 def test_corpus_is_the_same_everywhere(tmp_path):
     """A second run has another place, locale, time zone and hash seed."""
-    env = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
-    hashes = []
-    for out_dir, options in ((tmp_path / "a", {}), (tmp_path / "elsewhere/b", {"env": env, "cwd": "/"})):
-        subprocess.run([sys.executable, ROOT / "demo/corpus.py", out_dir], check=True, **options)
-        hashes.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out_dir.iterdir()})
-    sizes = sorted(path.stat().st_size for path in (tmp_path / "a").iterdir())
-    assert hashes[0] == hashes[1] and len(sizes) == 10 and 25e6 < sum(sizes) < 40e6
-    assert 0.015 < sizes[0] / sum(sizes) < 0.04 and 0.25 < sizes[-1] / sum(sizes) < 0.4
+    other = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONUTF8": "0"}
+    subprocess.run([sys.executable, ROOT / "demo/corpus.py", tmp_path / "a"], check=True)
+    subprocess.run([sys.executable, ROOT / "demo/corpus.py", tmp_path / "b"], check=True, env=other, cwd="/")
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "ab")
+    assert first == second and len(first) == 10 and 25e6 < sum(map(len, first.values())) < 40e6

@@ -2,18 +2,16 @@
 
 import json
 import math
-import re
 import shlex
 import signal
-from types import SimpleNamespace
+import time
 
 import pytest
-from conftest import TINY, read_metrics, run_here
-from forked import run_forked
+from conftest import read_metrics, run_here
 
 from common.run import NOT_COMPARED, Run, identity, read_config
 
-WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two runs of the same
+WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two world of the same
 DOMAINS = ["counting", "simple", "rich", "small"]
 
 
@@ -21,37 +19,21 @@ def comparable(run):
     return [{key: value for key, value in line.items() if key not in WORK} for line in read_metrics(run)]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, data_dir):
-    """A finished reference and a finished proxy, in float64."""
-    directory = tmp_path_factory.mktemp("runs")
-    reference, proxy = directory / "reference", directory / "proxy"
-    run_here("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={reference}", "--dtype=float64",
-             "--sampling_weights=0.1,0.2,0.3,0.4")
-    flags = [flag for flag in TINY if re.match("--(log|eval|save)_|--no-compile", flag)]
-    run_here("train_doremi.py", *flags, f"--reference={reference}", f"--out_dir={proxy}")
-    return SimpleNamespace(reference=reference, proxy=proxy, data=data_dir, directory=directory)
-
-
-TRAINING = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "domain_loss", "epochs"}
-
-
-@pytest.mark.parametrize("name, keys", [("reference", TRAINING), ("proxy", TRAINING | {"alpha", "excess"})])
-def test_metrics(runs, name, keys):
+@pytest.mark.parametrize("name, own", [("reference", []), ("proxy", ["alpha", "excess"])])
+def test_metrics(world, name, own):
     """Steps of 12 sequences of 16 tokens: 192. A line every 3 steps, an evaluation every 6."""
-    lines, files = read_metrics(getattr(runs, name)), {path.name for path in getattr(runs, name).iterdir()}
-    assert files - {"doremi_domain_weights_12.pt", ".lock"} == {"flags.txt", "config.json", "ckpt.pt", "metrics.jsonl"}
+    lines = read_metrics(getattr(world, name))
     assert lines.pop()["ended"] == "finished"
     training, evaluations = ([line for line in lines if key in line] for key in ("loss", "val_loss"))
     assert [line["step"] for line in lines] == [3, 6, 6, 9, 12, 12] and len(training) == 4
     for line in training:
-        assert set(line) == keys and min(line["tokens_per_second"], line["grad_norm"]) > 0
+        assert min(line["tokens_per_second"], line["grad_norm"], line["lr"]) > 0
         assert line["mfu"] is None  # no card whose peak is known
-        assert list(line["epochs"]) == DOMAINS
+        assert all(list(line[key]) == DOMAINS for key in ["epochs", *own])
         assert min(line["domain_loss"].values()) <= line["loss"] <= max(line["domain_loss"].values())
+        if name == "reference":  # without a terminal, a line for each
+            assert f"step {line['step']} of 12, loss {line['loss']:.3f}" in world.said
     for line in evaluations:
-        assert set(line) == {"step", "tokens", "seconds", "eval_windows", "val_loss", "val_bpb", "val_loss_mean",
-                             "val_loss_worst"}
         assert line["tokens"] == 192 * line["step"]
         assert line["val_loss_mean"] == pytest.approx(sum(line["val_loss"].values()) / 4)
         assert line["val_loss_worst"] == max(line["val_loss"].values())
@@ -63,66 +45,49 @@ def test_metrics(runs, name, keys):
 
 @pytest.mark.parametrize("script, name", [("train_reference.py", "reference"), ("train_doremi.py", "proxy"),
                                           ("train_large.py", "reference")])
-def test_a_run_repeats_from_its_own_directory(runs, script, name):
-    """The large model's script does so, too: it is the reference's with other defaults."""
-    first, again = getattr(runs, name), runs.directory / f"{script} again"  # a space, too
+def test_a_run_repeats_from_its_own_directory(world, tmp_path, script, name):
+    first, again = getattr(world, name), tmp_path / "it's # again"
     run_here(script, f"@{first}/flags.txt", f"--out_dir={again}")
     assert comparable(again) == comparable(first)
     flags = [(path / "flags.txt").read_text().splitlines() for path in (first, again)]
     assert [shlex.split(line) for a, line in zip(*flags, strict=True) if a != line] == [[f"--out_dir={again}"]]
 
 
-def test_identity_is_what_makes_a_run_this_experiment(runs):
-    """Every flag but those of places and machines; two domains may be called as the config's own sections are."""
-    config = read_config(runs.proxy)
+def test_identity_is_what_makes_a_run_this_experiment(world):
+    """Every flag but those of places and machines; domains may be called as the config's own sections are."""
+    config = read_config(world.proxy)
     found = identity(config)
-    assert not {"batch_size", "dtype", "eval_windows"} & NOT_COMPARED and len(NOT_COMPARED) == 14
+    assert not {"batch_size", "dtype", "eval_windows", "seed"} & NOT_COMPARED
     for name in config["flags"]:
         changed = {**config, "flags": {**config["flags"], name: "another"}}
         assert (identity(changed) == found) == (name in NOT_COMPARED), name
     assert identity({**config, "versions": {}, "device": "cuda", "world_size": 8, "wandb_id": "other"}) == found
     for domain in ("reference", "data", "out_dir", "device"):
-        for section, name in (("sampling_weights", None), ("data", "train_tokens")):
-            marked = json.loads(json.dumps(config))
-            (marked[section][name] if name else marked[section])[domain] = 5
-            assert identity(marked) != found, (domain, section)
+        for name, section in (("sampling_weights", config), ("train_tokens", config["data"])):
+            before = section[name]
+            section[name] = {**before, domain: 5}
+            assert identity(config) != found, (domain, name)
+            section[name] = before
 
 
-def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(runs, monkeypatch):
+def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(world, tmp_path, monkeypatch):
     """Under one id; its offline files hold every number as JSON."""
     pytest.importorskip("wandb")
-    out, record = runs.directory / "logged", Run.record
-    flags = [f"@{runs.proxy}/flags.txt", f"--out_dir={out}", "--wandb=offline"]
+    out, record = tmp_path / "logged", Run.record
+    flags = [f"@{world.proxy}/flags.txt", f"--out_dir={out}", "--wandb=offline"]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "record", lambda run, step, **tensors: (
             record(run, step, **tensors), step == 5 and signal.raise_signal(signal.SIGTERM)))
         run_here("train_doremi.py", *flags, status=143)
     run_here("train_doremi.py", *flags, "--resume")
-    assert comparable(out) == comparable(runs.proxy)
+    assert comparable(out) == comparable(world.proxy)
     files = list(out.glob("wandb/offline-run-*/*.wandb"))
-    logged = b"".join(file.read_bytes() for file in files)
     assert len(files) == 2 and len({file.name for file in files}) == 1
-    for name in ("train/loss", "train/lr", "alpha/rich", "excess/rich", "val_loss/rich", "val/loss_worst"):
-        assert name.encode() in logged
+    words = ["train/loss", "train/lr", "alpha/rich", "excess/rich", "val_loss/rich", "val/loss_worst"]
     for line in read_metrics(out):
         for value in (line.get("loss"), *line.get("alpha", {}).values(), *line.get("val_loss", {}).values()):
-            assert value is None or json.dumps(value).encode() in logged
-
-
-def test_a_run_that_died_before_its_first_checkpoint_keeps_its_wandb_id(tmp_path, data_dir):
-    flags = [*TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run", "--resume"]
-    run_forked("train_reference.py", *flags, kill=("step", 2), status=-9)
-    first = read_config(tmp_path / "run")["wandb_id"]
-    run_forked("train_reference.py", *flags)
-    assert read_config(tmp_path / "run")["wandb_id"] == first
-    run_forked("train_reference.py", *flags, f"--out_dir={tmp_path}/other")
-    assert read_config(tmp_path / "other")["wandb_id"] != first
-
-
-def test_without_a_terminal_a_line_per_log_step(tmp_path, data_dir):
-    said = run_here("train_reference.py", *TINY, f"--data_dir={data_dir}", f"--out_dir={tmp_path}/run")
-    pattern = r"^run: step (\d+) of 12, loss (\d\.\d{3}), [\d.]+k tokens/s, \d\d:\d\d left$"
-    lines = re.findall(pattern, said.stdout, re.M)
-    logged = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-    assert lines == [(str(line["step"]), f"{line['loss']:.3f}") for line in logged] and len(lines) == 4
-    assert said.stderr == ""
+            if value is not None:
+                words.append(json.dumps(value))
+    end = time.monotonic() + 30  # wandb's own process may still write
+    while missing := [word for word in words if word.encode() not in b"".join(file.read_bytes() for file in files)]:
+        assert time.monotonic() < end, missing
