@@ -1,6 +1,7 @@
 """export_hf.py: the exported model's losses and token ids are the run's."""
 
 import random
+import resource
 import shutil
 
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 import tiktoken
 import torch
 from conftest import edit, prose, refused, run_here, write_texts
-from test_bad_input import limited
 
 from common.run import load_finished
 from common.tokenizer import PATTERN, load_tokenizer
@@ -107,6 +107,10 @@ def test_what_cannot_be_exported(place, tmp_path):
     edit(run / "config.json", lambda config: config["flags"].update(max_steps=99))
     refused(tmp_path, ["unfinished (20 of 99 steps)"], "tools/export_hf.py", run, tmp_path / "new")
     refused(place, [f"{place}/hf"], "tools/export_hf.py", place / "run", place / "hf")
-    for size in (100, 50_000):  # a disk that is full at the first file, and one within the parameters
-        with limited(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for size in (100, 50_000):  # a disk that is full at the first file, and one within the parameters
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
             refused(tmp_path, ["File too large", "free space"], "tools/export_hf.py", place / "run", tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
