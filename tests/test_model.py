@@ -69,15 +69,16 @@ def test_losses_are_the_oracles(chunk_tokens, monkeypatch):
     torch.testing.assert_close(transformer(tokens[:, :6]), losses[:, :5], rtol=0, atol=1e-12)  # a shorter sequence
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_losses_and_gradients_in_every_precision(dtype, bound, monkeypatch):
+@pytest.mark.parametrize("dtype, loss_bound, bound", [
+    (torch.float64, 1e-12, 1e-12), (torch.float32, 2e-5, 1e-4), (torch.bfloat16, 0.05, 0.05)])
+def test_losses_and_gradients_in_every_precision(dtype, loss_bound, bound, monkeypatch):
     """Against the oracle in float64, tokens weighted unequally, relative to the largest entry of each gradient."""
     monkeypatch.setattr(model, "LOSS_CHUNK", 10 * SMALL.vocab_size)  # 36 tokens: chunks of 10, 10, 10, 6
     exact, ours, tokens = build(), build(dtype=dtype), random_tokens()
     ours.load_state_dict(exact.state_dict())
     weight = torch.linspace(0.1, 2.0, 36, dtype=torch.float64).view(3, 12)
     expected, losses = oracle(exact, tokens), ours(tokens)
-    assert (losses - expected).abs().max() < bound and losses.dtype != torch.bfloat16  # summed in float32 at least
+    assert (losses - expected).abs().max() < loss_bound and losses.dtype != torch.bfloat16  # summed in float32 at least
     (weight * expected).sum().backward()
     (weight * losses).sum().backward()
     for (name, wanted), found in zip(exact.named_parameters(), ours.parameters()):
