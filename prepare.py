@@ -58,7 +58,6 @@ ABOUT = re.compile(r"(?i)((readme|licen[cs]es?|notice|copying|citation|changelog
 HELD_OUT = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test|testing|eval|evaluation|h[eo]ld[-_]?out)(?![a-z])")
 TRAINING = re.compile(r"(?i)(?<![a-z])train(ing)?(?![a-z])")
 AWAY = "remove it, or begin its name with a dot"
-BOM = b"\xef\xbb\xbf"  # what some editors write before the text
 
 
 # ---- which files belong to which domain ----------------------------------------------------------------------------
@@ -145,15 +144,13 @@ def refuse_look_alike(name, place, domains):
 
 
 def refuse_held_out(folder, paths):
-    """Raise UserError if one of the paths below a folder is named as held-out text: rows, by any part of their name;
-    text, only beside its like for training, as test.txt beside train.txt is: a domain of code may well have a test.py.
-    """
+    """Raise UserError if a path below a folder is named as held-out text, which would be trained on."""
     names = {path: path.relative_to(folder).parts for path in paths if path != folder}
     training = {TRAINING.sub("*", parts[0]) for parts in names.values()}
     for path, parts in names.items():
         if ROWS.search(path.name):
             held_out = any(HELD_OUT.search(part) for part in parts)
-        else:
+        else:  # text, only beside its like for training, as test.txt beside train.txt: code may well have a test.py
             plain = len(parts) > 1 or path.suffix in ("", ".txt", ".raw")
             held_out = plain and HELD_OUT.search(parts[0]) and HELD_OUT.sub("*", parts[0]) in training
         if held_out:
@@ -161,7 +158,7 @@ def refuse_held_out(folder, paths):
 
 
 def visible(folder):
-    """List what lies in a folder by name, links last, without what is hidden.  Raises UserError if that fails."""
+    """List what lies in a folder by name, links last, without what is hidden."""
     try:
         entries = [entry for entry in os.scandir(folder) if not HIDDEN.match(entry.name)]
     except OSError as error:
@@ -170,10 +167,7 @@ def visible(folder):
 
 
 def walk(path, seen):
-    """Yield the files at and below a path, each once; hidden ones never.  Raises UserError for a link to nothing.
-
-    seen: {(device, inode): path} of what was met, which is added to.
-    """
+    """Yield the files at and below a path but those in `seen`, {(device, inode): path}, which is added to."""
     try:
         status = path.stat()
     except OSError as error:
@@ -193,10 +187,7 @@ def walk(path, seen):
 
 
 def read_rows(each, text_key, domain_key, skipped):
-    """Yield (domain, UTF-8 bytes) of the rows of an Input, and count in `skipped` those without usable text.
-
-    Raises UserError where these are a thousand and half of the rows so far, or half of the file's rows.
-    """
+    """Yield (domain, UTF-8 bytes) of the rows of an Input.  Count those without usable text, if they are not half."""
     good, bad, fault = 0, 0, None
     for place, row, _ in find_rows(each.path, [key for key in (text_key, domain_key) if key]):
         try:
@@ -218,10 +209,7 @@ def read_rows(each, text_key, domain_key, skipped):
 
 
 def read_texts(each, text_key, _, skipped):
-    """Yield (domain, UTF-8 bytes) of the documents in a file of text.
-
-    A document of a folder that is not UTF-8 is counted in `skipped`; one of DOMAIN.txt raises UserError, as rows do.
-    """
+    """Yield (domain, UTF-8 bytes) of the documents in a file of text.  Count files in folders that are none."""
     rows = re.compile(rb'\{[^\n]*"%s":' % re.escape(text_key.encode()))
     documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
     for number, data in enumerate(documents, 1):
@@ -237,10 +225,7 @@ def read_texts(each, text_key, _, skipped):
 
 
 def find_rows(path, keys):
-    """Yield (place, row, done): where a row is, for messages; its JSON; the part of the file that was read, 0 to 1.
-
-    Raises UserError for a damaged file.
-    """
+    """Yield (place, for messages; row; part of the file that was read).  Raises UserError for a damaged file."""
     place = path
     try:
         if str(path).startswith("hf:"):
@@ -277,26 +262,19 @@ def parquet_rows(path, keys):
 def hub_rows(source):
     """The rows of hf:OWNER/NAME[:CONFIG[:SPLIT]]."""
     _, name, config, split, *_ = [*source.split(":"), "", ""]
-    datasets = optional("datasets", source)
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{source}, row {number}", row, 0.0
-    except Exception as error:  # what fails here is the network, the name or the data
-        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
+    rows = optional("datasets", source).load_dataset(name, config or None, split=split or "train", streaming=True)
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row, 0.0
 
 
 def value_at(row, key):
-    """Return the string or whole number at a key of a row, or else at a dotted path.  Raises ValueError.
-
-    An object may be given as a string that holds JSON, as RedPajama's meta is.
-    """
+    """Return the string or whole number at a key of a row, or else at a dotted path.  Raises ValueError."""
     if not isinstance(row, dict):
         what = f" ({row})" if isinstance(row, ValueError) else ""
         raise ValueError(f"is no JSON object{what}; expected one on each line, not an array or one over several")
     value = row
     for name in [key] if key in row else key.split("."):
-        if isinstance(value, str):
+        if isinstance(value, str):  # that holds JSON, as RedPajama's meta does
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
         if not isinstance(value, dict) or name not in value:
@@ -344,10 +322,7 @@ def share_out(inputs, text_key, max_bytes):
 
 
 def read_documents(inputs, shares, text_key, domain_key, skipped):
-    """Yield (domain, UTF-8 bytes) of each document, from the beginning of each Input until its share is taken.
-
-    skipped: a Counter of what is left out, {in words: number}.  Raises UserError for an Input without text.
-    """
+    """Yield (domain, UTF-8 bytes) of each document, from the beginning of each Input until its share is taken."""
     names, alike, taken, budget = set(), {}, 0, 0
     for each, share in zip(inputs, shares):
         budget += share
@@ -361,7 +336,7 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
             if domain not in names:
                 refuse_look_alike(domain, each.path, alike)
                 names.add(domain)
-            data = data.removeprefix(BOM)
+            data = data.removeprefix(b"\xef\xbb\xbf")  # what some editors write before the text
             yield domain, data
             taken += len(data)
             if taken >= budget:
@@ -377,10 +352,9 @@ def text_hash(data):
 
 
 def sample_documents(documents, val_fraction, size):
-    """Yield (domain, bytes) of training documents, the same number of bytes from each domain.
+    """Yield (domain, bytes) of training documents, whatever their order: of each of K domains those of least hash.
 
-    Each of K domains gives size / K bytes, or all it has: its documents of least hash, each cut off at 64 KB, whatever
-    their order. Only what may still be in the sample is kept in memory.
+    They have size / K bytes, or all there are, and are cut off at 64 KB. Only what may still be used is in memory.
     """
     heaps, sizes = defaultdict(list), Counter()  # per domain: (-hash, document), and their bytes
 
@@ -401,15 +375,12 @@ def sample_documents(documents, val_fraction, size):
 
 
 def check_characters(tokenizer, documents):
-    """Encode and decode documents, and tell what is lost: added spaces and other forms of the same characters are not.
-
-    Raises UserError if it is above a hundredth of a domain.
-    """
+    """Tell what encoding and decoding loses of documents.  Raises UserError if it is above a hundredth of a domain."""
     total, lost = Counter(), defaultdict(Counter)
     for domain, data in documents:
         text = data.decode(errors="ignore")
         decoded = tokenizer.decode(tokenizer.encode(text.encode()).tolist()).decode()
-        before, after = (unicodedata.normalize("NFKC", each) for each in (text, decoded))
+        before, after = (unicodedata.normalize("NFKC", each) for each in (text, decoded))  # other forms are no loss
         total[domain] += len(before)
         lost[domain] += Counter(before) - Counter(after)
     for domain, characters in lost.items():
@@ -454,9 +425,8 @@ class Bins:
         """Write val.bin, and return the domain's entry in meta.json.  Raises UserError for an empty side."""
         train, held_out = self.train["documents"], len(self.held_out)
         if not train or not held_out:
-            raise UserError(f"domain {domain!r}: none of its {train + held_out} documents falls in "
-                            f"{'val' if train else 'train'} at --val_fraction={args.val_fraction}; give it more or "
-                            "shorter documents, or change the fraction")
+            raise UserError(f"domain {domain!r}: of its documents {train} are in train and {held_out} in val at "
+                            f"--val_fraction={args.val_fraction}; give it more or shorter ones, or change the fraction")
         if self.limit < args.val_fraction:
             print_anywhere(f"{domain}: --max_val_tokens={args.max_val_tokens} holds out {self.limit:.3g} of its "
                            f"documents; train on most of the others with --val_fraction={self.limit:.3g}")
@@ -517,8 +487,7 @@ def write_meta(folder, tokenizer, dtype, domains):
 
 def print_table(domains, out_dir):
     width, total = max(map(len, (*domains, "domain"))), sum(entry["train_tokens"] for entry in domains.values())
-    print_anywhere(f"{'domain':{width}}{'train documents':>17}{'train tokens':>16}{'val tokens':>14}   share  "
-                   "bytes/token")
+    print_anywhere(f"{'domain':{width}}  train documents    train tokens    val tokens   share  bytes/token")
     for domain, entry in domains.items():
         counts = f"{entry['train_documents']:17,}{entry['train_tokens']:16,}{entry['val_tokens']:14,}"
         density = entry["val_bytes"] / entry["val_tokens"]
@@ -552,7 +521,7 @@ def main():
         inputs = [Input(args.input, None if args.domain_key else Path(args.input).name, "rows")]
     else:
         inputs = mixed_rows(Path(args.input)) if args.domain_key else domain_entries(Path(args.input))
-    skipped = Counter()
+    skipped = Counter()  # {what is left out: number}
 
     with staged(args.out_dir) as folder:
         shares = share_out(inputs, args.text_key, args.max_bytes)
