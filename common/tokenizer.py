@@ -145,8 +145,8 @@ def from_json(spec, data, eot_token):
     found = [name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids]
     found = [name for name in found if name in special] or found
     if len(found) != 1:
-        raise UserError(f"--tokenizer={spec}: has {' and '.join(found) or 'none'} of {eot_token or ', '.join(EOT_NAMES)}"
-                        "; name its end-of-text token with --eot_token")
+        raise UserError(f"--tokenizer={spec}: has {' and '.join(found) or 'none'} of {eot_token or EOT_NAMES}; name "
+                        "its end-of-text token with --eot_token")
     eot = found[0]
     return Tokenizer(
         Path(spec).name, hashlib.sha256(data + eot.encode()).hexdigest(), max(ids.values()) + 1, ids[eot],
