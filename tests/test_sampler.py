@@ -164,13 +164,6 @@ def test_batch_does_not_depend_on_ranks_prefetching_or_resumption(numbered, worl
             assert torch.equal(ours.tokens.long(), theirs.tokens[rank::world_size].long())
             assert torch.equal(ours.domain, theirs.domain[rank::world_size])
             assert ours.state == theirs.state
-    s = Sampler(numbered, weights, 12, seed)  # the same in this thread, nothing gathered ahead
-    state = s.state_dict()
-    for batch in whole:
-        alone = s.gather(state)
-        assert torch.equal(alone.tokens.long(), batch.tokens.long()) and alone.state == batch.state
-        state = alone.state
-    s.close()
 
 
 def test_a_billion_windows_cost_nothing(tmp_path):
