@@ -19,8 +19,7 @@ from common.files import shorter
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json
-# GPT-4's rule for splitting text into words before byte pairs are merged. A .tiktoken file does not hold its rule, so
-# all tokenizers that are trained here or read from such a file share this one.
+# GPT-4's rule for splitting text into words. A .tiktoken file does not hold its rule: all of them share this one here
 PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
            r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
 SPAN = 1 << 17  # bytes encoded at once: tiktoken's regular expressions overflow their stack on longer runs of one kind

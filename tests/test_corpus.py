@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import TEXTS, prepare_in, read_set, refused, sides, write_rows, write_texts
 
@@ -83,15 +81,6 @@ def test_lines_end_at_newlines_and_byte_order_marks_go(tmp_path):
     prepare_in(tmp_path, "raw --tokenizer=bytes")
     _, found = read_set(tmp_path / "data/raw")
     assert sides(found["a"]) == sides(found["b"]) == sorted(texts)
-
-
-def test_a_name_with_dots_is_a_key_before_it_is_a_path(tmp_path):
-    rows = [{"text": text, "meta.set": "whole", "meta": {"set": "path"}} for text in TEXTS]
-    write_rows(tmp_path / "raw/a.jsonl", rows[:60])
-    pq.write_table(pa.Table.from_pylist(rows[60:]), tmp_path / "raw/b.parquet")
-    prepare_in(tmp_path, "raw --domain_key=meta.set --tokenizer=bytes")
-    (domain, found), = read_set(tmp_path / "data/raw")[1].items()
-    assert domain == "whole" and sides(found) == sorted(TEXTS)
 
 
 GOOD = [{"text": f"{n}", "meta": json.dumps({"set": f"{n % 2}"})} for n in range(200)]  # as RedPajama's

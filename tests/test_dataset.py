@@ -69,16 +69,16 @@ def test_weights_of_a_file_are_matched_by_name(data_dir, tmp_path, wrap, warned)
     assert ["another tokenizer" in str(warning.message) for warning in caught] == [True] * warned
 
 
-@pytest.mark.parametrize("spec", ["c++/w.json", "c++/w.json+1e+0,1,1,1", "~/a+b.json+uniform", "a+b.json+uniform",
-                                  "uniform+~/a+b.json+c++/w.json+1,1,1,1"])
-def test_paths_with_a_plus(data_dir, tmp_path, monkeypatch, spec):
+@pytest.mark.parametrize("spec, share", [
+    ("c++/w.json", 1), ("c++/w.json+1e+0,1,1,1", 0.5), ("~/a+b.json+uniform", 0.5), ("a+b.json+uniform", 0.5),
+    ("uniform+~/a+b.json+c++/w.json+1,1,1,1", 0.5)])
+def test_paths_with_a_plus(data_dir, tmp_path, monkeypatch, spec, share):
     """Each file is (1, 0, 0, 0), and each other mixture uniform."""
     (tmp_path / "c++").mkdir()
     for name in "c++/w.json", "a+b.json":
         (tmp_path / name).write_text(json.dumps({"counting": 1, "simple": 0, "rich": 0, "small": 0}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    share = spec.count(".json") / (spec.count(".json") + spec.count("uniform") + spec.count("1,1,1"))
     weights = sampling_weights(spec, load_dataset(data_dir, 16), 0)
     assert weights.tolist() == [share + (1 - share) / 4] + [(1 - share) / 4] * 3
 

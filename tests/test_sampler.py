@@ -115,25 +115,19 @@ def test_every_window_once_per_epoch(numbered, weights, batch_size, steps, seed)
 
 def test_order_depends_on_the_name_not_the_position(tmp_path, numbered):
     stream = np.arange(8 * 23 + 1), np.arange(20)
-    alone = load_dataset(write_dataset(tmp_path / "alone", {"c": stream, "other": stream}), 8)
+    alone = load_dataset(write_dataset(tmp_path / "alone", {"c": stream, "other": stream}, 200), 8)
     windows = []
     for dataset, weights in [(numbered, [0, 0, 1]), (alone, [1, 0]), (alone, [0, 1])]:
-        s, state, order = Sampler(dataset, weights, 1, seed=5), {"step": 0, "drawn": [0] * len(weights)}, []
-        for _ in range(46):  # two epochs
-            _, window, state = s.slots(state)
-            order += window.tolist()
-        s.close()
-        windows.append(order)
+        batches, _ = draw(dataset, weights, 1, 46, seed=5)  # two epochs
+        windows.append([batch.tokens[0, 0].item() % 10_000 // 8 for batch in batches])
     assert windows[0] == windows[1] != windows[2]
     assert sorted(windows[0][:23]) == list(range(23)) and windows[0][:23] != windows[0][23:]
 
 
 def test_slots_are_shuffled(numbered):
-    s = Sampler(numbered, [1 / 3] * 3, 300, seed=0)
-    domain, _, after = s.slots(s.state_dict())
-    assert np.abs(np.diff(domain)).astype(bool).sum() > 150  # two of three neighbours differ; unshuffled, two in all
-    assert not np.array_equal(domain, s.slots(after)[0])
-    s.close()
+    (first, second), _ = draw(numbered, [1 / 3] * 3, 300, 2)
+    assert (np.diff(first.domain) != 0).sum() > 150  # two of three neighbours differ; unshuffled, two in all
+    assert not torch.equal(first.domain, second.domain)
 
 
 def test_batch_is_what_the_slots_say(numbered):
