@@ -430,8 +430,7 @@ class Bins:
         if self.limit < args.val_fraction:
             print_anywhere(f"{domain}: --max_val_tokens={args.max_val_tokens} holds out {self.limit:.3g} of its "
                            f"documents; train on most of the others with --val_fraction={self.limit:.3g}")
-        with open(self.folder / "val.bin", "wb") as file:
-            file.writelines(ids.data for _, ids, _ in self.held_out)
+        np.concatenate([ids for _, ids, _ in self.held_out]).tofile(self.folder / "val.bin")
         return {"train_tokens": self.train["tokens"], "val_tokens": self.val_tokens,
                 "train_documents": train, "val_documents": held_out,
                 "train_bytes": self.train["bytes"], "val_bytes": sum(size for _, _, size in self.held_out)}
@@ -515,8 +514,7 @@ def main():
     add("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the one of {', '.join(EOT_NAMES)})")
     add("--workers", type=cli.positive, default=os.cpu_count(), help="threads (default: one per core)")
     args = parser.parse_args()
-    if args.out_dir is None:
-        args.out_dir = Path("data", ROWS.sub("", Path(args.input).resolve().name))
+    args.out_dir = args.out_dir or Path("data", ROWS.sub("", Path(args.input).resolve().name))
     if args.input.startswith("hf:"):
         inputs = [Input(args.input, None if args.domain_key else Path(args.input).name, "rows")]
     else:

@@ -114,10 +114,7 @@ def allow_open_files(n):
 
 
 def map_windows(path, size, n_tokens, dtype, block_size):
-    """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1).
-
-    size: bytes that the file must have; n_tokens: how many of its tokens are used, from the start.
-    """
+    """Aligned windows of its first n_tokens; the last token of one is the first of the next: (n, T + 1)."""
     if not path.exists():
         cause = f"links to {path.readlink()}, which is gone" if path.is_symlink() else "is missing"
         raise UserError(f"{path} {cause}; put it back, or prepare the data set again (link it, if it was linked)")
