@@ -41,9 +41,6 @@ MEGATRON = {4: "<u4", 5: "<u8", 8: "<u2"}  # its codes: type; ids are not negati
 BLOCK = 1 << 22  # tokens read at once
 
 
-# ---- what a file says of itself, and what it holds -------------------------------------------------------------------
-
-
 @dataclass
 class Source:
     path: Path
@@ -90,15 +87,14 @@ def megatron(path, index):
     with open(index, "rb") as file:
         magic, version, code, sequences, documents = struct.unpack("<9sQBQQ", file.read(34).ljust(34, b"\0"))
         if magic != b"MMIDIDX\0\0" or version != 1 or code not in MEGATRON:
-            raise UserError(f"{index}: {magic}, version {version}, type {code} is no Megatron index of integer ids")
+            raise UserError(f"{index}: begins with {magic}, {version}, {code}; expected a Megatron index of integers")
         lengths = np.fromfile(file, "<i4", sequences)
         pointers = np.fromfile(file, "<i8", sequences)
     dtype, ends = np.dtype(MEGATRON[code]), np.append(0, np.cumsum(lengths, dtype=np.int64))
     if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
         raise UserError(f"{index}: is cut short, or does not list its documents in their order; merge the data again")
-    size = path.stat().st_size
-    if size != ends[-1] * dtype.itemsize:
-        raise UserError(f"{path}: {size:,} bytes are not the {ends[-1]:,} ids of {dtype} that its index tells of")
+    if path.stat().st_size != ends[-1] * dtype.itemsize:
+        raise UserError(f"{path}: its size is not that of the {ends[-1]:,} ids of {dtype} that its index tells of")
     return Source(path, dtype, documents - 1)
 
 
@@ -157,9 +153,6 @@ def read_domain(entry, paths, tokenizer, bare):
 def linked_type(train):
     """The type of ids in the one file of a domain that can be linked, or None."""
     return train[0].dtype if len(train) == 1 and train[0].dtype in (np.dtype("<u2"), np.dtype("<u4")) else None
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def copy(sources, file_name, tokenizer, dtype):
@@ -267,8 +260,7 @@ def main():
     types = {linked_type(train) for train, _ in domains.values()} - {None}
     dtype = types.pop() if len(types) == 1 else np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise UserError(f"{root}: its {dtype} cannot be ids of {tokenizer.name} ({tokenizer.vocab_size} tokens); "
-                        "check --tokenizer")
+        raise UserError(f"{root}: {dtype} is too narrow for --tokenizer={args.tokenizer}; check that it made the ids")
     out_dir = args.out_dir or Path("data", root.resolve().name)
     with staged(out_dir) as staging:
         entries = {domain: link_domain(*sources, staging / folder_name(domain), tokenizer, dtype, args.max_val_tokens)
