@@ -12,10 +12,9 @@ writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
 A .bin file holds little-endian token ids; each document begins with the end-of-text token. A hash of its text sends a
-document to train or val. Duplicates therefore never straddle the split, and order, domain and format do not matter.
-Hidden files are no data, nor is a README or LICENSE beside rows or domains. A file counts once, however many links lead
-to it. Rows without usable text are skipped and counted. OUT_DIR appears when everything is written, or not at all. For
-data that is already tokenized see tools/link.py.
+document to train or val, so duplicates never straddle the split. Hidden files are no data, nor is a README or LICENSE
+beside rows or domains. A file counts once, however many links lead to it. Rows without usable text are skipped and
+counted. OUT_DIR appears when everything is written, or not at all. For data that is already tokenized: tools/link.py.
 """
 
 import contextlib
@@ -43,7 +42,7 @@ from tqdm import tqdm
 
 from common import cli
 from common.cli import UserError, print_anywhere
-from common.files import DATA_FORMAT, folder_name, parse_lines, sample_sha256, staged
+from common.files import DATA_FORMAT, folder_name, parse_lines, sample_sha256, shorter, staged
 from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_text, tokenizer_name
 
 GROUP = 1 << 20  # bytes of documents handed to a thread at once, and written at once
@@ -53,14 +52,12 @@ PIECE = 8 << 10  # bytes: longest piece of a .txt file without marks
 
 ROWS = re.compile(r"(?i)\.((jsonl|ndjson|json)(\.(gz|xz|zst))?|parquet)$")
 SUFFIX = re.compile(rf"(?i)\.txt$|{ROWS.pattern[4:]}")
-KINDS = ".txt, .jsonl[.gz|.xz|.zst], .parquet"
 HIDDEN = re.compile(r"\.|_(SUCCESS|temporary|delta_log|(common_)?metadata|(committed|started)_\w+)$")  # dots; Spark's
 ABOUT = re.compile(r"(?i)((readme|licen[cs]es?|notice|copying|citation|changelog)(\.(txt|md|rst|cff))?|"
                    r"dataset_infos?\.json)$")
 HELD_OUT = re.compile(r"(?i)(?<![a-z])(val|valid|validation|dev|test|testing|eval|evaluation|h[eo]ld[-_]?out)(?![a-z])")
 TRAINING = re.compile(r"(?i)(?<![a-z])train(ing)?(?![a-z])")
 AWAY = "remove it, or begin its name with a dot"
-BOM = b"\xef\xbb\xbf"  # what some editors write before the text
 
 
 # ---- which files belong to which domain ----------------------------------------------------------------------------
@@ -72,35 +69,23 @@ class Input(NamedTuple):
     kind: str  # rows, pieces (DOMAIN.txt), or document (a file of text in a domain's folder)
 
 
-def find_inputs(source, domain_key):
-    """List INPUT.  Raises UserError for whatever in it is no data, before anything is read."""
-    if source.startswith("hf:"):
-        return [Input(source, None if domain_key else Path(source).name, "rows")]
-    return mixed_rows(Path(source)) if domain_key else domain_entries(Path(source))
-
-
 def domain_entries(root):
-    """List a directory with one entry per domain as Inputs."""
+    """List the Inputs of a directory with one entry per domain.  Raises UserError for what in it is no data."""
     inputs = []
     for domain, entry, paths in files_by_domain(root, SUFFIX):
         if any(ROWS.search(path.name) for path in paths):
             paths = only_rows(paths)
         refuse_held_out(entry, paths)
+        if not SUFFIX.search(entry.name) and not entry.is_dir():
+            raise UserError(f"{entry}: unknown type; expected a folder, .txt, .jsonl[.gz|.xz|.zst] or .parquet; {AWAY}")
         for path in paths:
-            if ROWS.search(path.name):
-                kind = "rows"
-            elif path != entry:
-                kind = "document"
-            elif path.suffix.lower() == ".txt":
-                kind = "pieces"
-            else:
-                raise UserError(f"{path}: unknown file type; expected a folder, {KINDS}; {AWAY}")
-            inputs.append(Input(path, domain, kind))
+            text = "pieces" if path == entry else "document"
+            inputs.append(Input(path, domain, "rows" if ROWS.search(path.name) else text))
     return inputs
 
 
 def mixed_rows(root):
-    """List the files at or below a path, of which every row names its domain, as Inputs."""
+    """List the Inputs at or below a path, of which every row names its domain.  Raises UserError as above."""
     paths = only_rows(sorted(walk(root, {}), key=str))
     refuse_held_out(root, paths)
     if not paths:
@@ -109,11 +94,11 @@ def mixed_rows(root):
 
 
 def only_rows(paths):
-    """Leave out files that describe the rows they lie beside.  Raises UserError for others that are no rows."""
+    """Leave out what describes the rows beside it.  Raises UserError for other files that are no rows."""
     rows = [path for path in paths if not ABOUT.match(path.name)]
     for path in rows:
         if not ROWS.search(path.name):
-            raise UserError(f"{path}: unknown file type among files of rows, {KINDS[6:]}; {AWAY}")
+            raise UserError(f"{path}: is no .jsonl[.gz|.xz|.zst] or .parquet, as the rows beside it are; {AWAY}")
     return rows
 
 
@@ -126,8 +111,7 @@ def files_by_domain(root, suffix, beside=None):
     splits = any(TRAINING.search(entry.name) for entry in entries)
     domains, earlier = {}, {}
     for entry in entries:
-        about = ABOUT.match(entry.name) and entry.is_file()
-        if about or (beside and beside.search(entry.name)):
+        if (ABOUT.match(entry.name) and entry.is_file()) or (beside and beside.search(entry.name)):
             continue
         domain = domain_name(entry.name if entry.is_dir() else suffix.sub("", entry.name))
         refuse_look_alike(domain, entry, domains)
@@ -156,22 +140,17 @@ def refuse_look_alike(name, place, domains):
     """Add {what the name looks like: (name, place)} to domains.  Raises UserError if another looks the same."""
     other, where = domains.setdefault(unicodedata.normalize("NFKC", name).casefold(), (name, place))
     if (other, where) != (name, place):
-        raise UserError(f"domain {name!r} of '{place}' and {other!r} of '{where}' are the same or look alike; rename "
-                        "one, or put them together")
+        raise UserError(f"domain {name!r} of '{place}' and {other!r} of '{where}' look alike; rename one")
 
 
 def refuse_held_out(folder, paths):
-    """Raise UserError if one of the paths below a folder is named as held-out text, which would be trained on.
-
-    Rows are by any part of their name. Text is only beside its like for training, as test.txt beside train.txt is: a
-    domain of code may well have a test.py.
-    """
+    """Raise UserError if a path below a folder is named as held-out text, which would be trained on."""
     names = {path: path.relative_to(folder).parts for path in paths if path != folder}
     training = {TRAINING.sub("*", parts[0]) for parts in names.values()}
     for path, parts in names.items():
         if ROWS.search(path.name):
             held_out = any(HELD_OUT.search(part) for part in parts)
-        else:
+        else:  # text, only beside its like for training, as test.txt beside train.txt: code may well have a test.py
             plain = len(parts) > 1 or path.suffix in ("", ".txt", ".raw")
             held_out = plain and HELD_OUT.search(parts[0]) and HELD_OUT.sub("*", parts[0]) in training
         if held_out:
@@ -179,7 +158,7 @@ def refuse_held_out(folder, paths):
 
 
 def visible(folder):
-    """List what lies in a folder by name, links last, without what is hidden.  Raises UserError if that fails."""
+    """List what lies in a folder by name, links last, without what is hidden."""
     try:
         entries = [entry for entry in os.scandir(folder) if not HIDDEN.match(entry.name)]
     except OSError as error:
@@ -188,10 +167,7 @@ def visible(folder):
 
 
 def walk(path, seen):
-    """Yield the files at and below a path, each once, whatever links lead to it; hidden ones never.
-
-    seen: {(device, inode): path} of what was met, which is added to.  Raises UserError for a link to nothing.
-    """
+    """Yield the files at and below a path but those in `seen`, {(device, inode): path}, which is added to."""
     try:
         status = path.stat()
     except OSError as error:
@@ -200,21 +176,18 @@ def walk(path, seen):
     if identity in seen:
         return
     seen[identity] = path
-    if not path.is_dir():
+    if path.is_dir():
+        for entry in visible(path):
+            yield from walk(entry, seen)
+    else:
         yield path
-        return
-    for entry in visible(path):
-        yield from walk(entry, seen)
 
 
 # ---- the documents in them -----------------------------------------------------------------------------------------
 
 
 def read_rows(each, text_key, domain_key, skipped):
-    """Yield (domain, UTF-8 bytes) of the rows of an Input, and count in `skipped` those without usable text.
-
-    Raises UserError where these are a thousand and half of the rows so far, or half of the file's rows.
-    """
+    """Yield (domain, UTF-8 bytes) of the rows of an Input.  Count those without usable text, if they are not half."""
     good, bad, fault = 0, 0, None
     for place, row, _ in find_rows(each.path, [key for key in (text_key, domain_key) if key]):
         try:
@@ -235,13 +208,11 @@ def read_rows(each, text_key, domain_key, skipped):
         raise UserError(f"{fault}; {bad:,} of {good + bad:,} rows have no usable text")
 
 
-def read_texts(each, text_key, skipped):
-    """Yield (domain, UTF-8 bytes) of the documents in a file of text.  Raises UserError for rows.
-
-    A document of a folder that is not UTF-8 is counted in `skipped`, but one of DOMAIN.txt raises UserError.
-    """
+def read_texts(each, text_key, _, skipped):
+    """Yield (domain, UTF-8 bytes) of the documents in a file of text.  Count files in folders that are none."""
     rows = re.compile(rb'\{[^\n]*"%s":' % re.escape(text_key.encode()))
-    for number, data in enumerate([each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path), 1):
+    documents = [each.path.read_bytes()] if each.kind == "document" else read_pieces(each.path)
+    for number, data in enumerate(documents, 1):
         if rows.match(data):
             raise UserError(f"{each.path}, document {number}: holds rows, not text; end its name in .jsonl")
         try:
@@ -254,10 +225,7 @@ def read_texts(each, text_key, skipped):
 
 
 def find_rows(path, keys):
-    """Yield (place, row, done): where a row is, for messages; its JSON; the part of the file that was read, 0 to 1.
-
-    Raises UserError for a damaged file.
-    """
+    """Yield (place, for messages; row; part of the file that was read).  Raises UserError for a damaged file."""
     place = path
     try:
         if str(path).startswith("hf:"):
@@ -269,21 +237,18 @@ def find_rows(path, keys):
         for place, row, done in rows:
             yield place, row, done
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{place}: cannot be read further: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{place}: cannot be read further: {shorter(error)}") from None
 
 
 def json_rows(path):
-    """Of JSON lines, compressed or not; done by the bytes of the file that were read."""
-    open_lines = {".gz": gzip.open, ".xz": lzma.open, ".zst": open_zst}.get(path.suffix.lower(), io.BufferedReader)
-    size = path.stat().st_size
     with open(path, "rb") as raw:
-        for number, row in parse_lines(open_lines(raw)):
+        lines, size = raw, path.stat().st_size
+        if path.suffix.lower() == ".zst":  # pyarrow reads every frame, and notices a missing end
+            lines = io.BufferedReader(optional("pyarrow", path).CompressedInputStream(raw, "zstd"), 1 << 20)
+        elif path.suffix.lower() in (".gz", ".xz"):
+            lines = {".gz": gzip, ".xz": lzma}[path.suffix.lower()].open(raw)
+        for number, row in parse_lines(lines):
             yield f"{path}, line {number}", row, raw.tell() / size
-
-
-def open_zst(raw):
-    """pyarrow reads every frame, and notices a missing end."""
-    return io.BufferedReader(optional("pyarrow", raw.name).CompressedInputStream(raw, "zstd"), 1 << 20)
 
 
 def parquet_rows(path, keys):
@@ -296,29 +261,20 @@ def parquet_rows(path, keys):
 
 def hub_rows(source):
     """The rows of hf:OWNER/NAME[:CONFIG[:SPLIT]]."""
-    parts = source.split(":")[1:]
-    config = parts[1] if len(parts) > 1 and parts[1] else None
-    split = parts[2] if len(parts) > 2 else "train"
-    load_dataset = optional("datasets", source).load_dataset
-    try:
-        rows = load_dataset(parts[0], config, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            yield f"{source}, row {number}", row, 0.0
-    except Exception as error:  # what fails here is the network, the name or the data
-        raise UserError(f"{source}: cannot be loaded: {type(error).__name__}: {error}") from None
+    _, name, config, split, *_ = [*source.split(":"), "", ""]
+    rows = optional("datasets", source).load_dataset(name, config or None, split=split or "train", streaming=True)
+    for number, row in enumerate(rows, 1):
+        yield f"{source}, row {number}", row, 0.0
 
 
 def value_at(row, key):
-    """Return the string at a key of a row: the whole key, or else a dotted path.  A whole number counts as one.
-
-    Raises ValueError if there is none.  An object may be given as a string that holds JSON, as RedPajama's meta is.
-    """
+    """Return the string or whole number at a key of a row, or else at a dotted path.  Raises ValueError."""
     if not isinstance(row, dict):
-        what = f"is not JSON ({row})" if isinstance(row, ValueError) else "is no JSON object"
-        raise ValueError(f"{what}; expected an object on each line, not an array or one over several")
+        what = f" ({row})" if isinstance(row, ValueError) else ""
+        raise ValueError(f"is no JSON object{what}; expected one on each line, not an array or one over several")
     value = row
     for name in [key] if key in row else key.split("."):
-        if isinstance(value, str):
+        if isinstance(value, str):  # that holds JSON, as RedPajama's meta does
             with contextlib.suppress(ValueError):
                 value = json.loads(value)
         if not isinstance(value, dict) or name not in value:
@@ -331,21 +287,17 @@ def value_at(row, key):
 
 def read_pieces(path):
     """Yield the documents of DOMAIN.txt as bytes."""
-    mark = EOT.encode()
-    if path.stat().st_size == 0:
+    if path.stat().st_size == 0:  # it cannot be mapped
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data.find(mark) < 0:
+        if data.find(EOT.encode()) < 0:
             yield from (data[a:b] for a, b in pairwise((0, *split_text(data, PIECE))))
             return
         start = 0
-        for match in re.finditer(re.escape(mark) + rb"|\Z", data):
+        for match in re.finditer(re.escape(EOT.encode()) + rb"|\Z", data):
             if document := data[start : match.start()].strip(b"\r\n"):
                 yield document
             start = match.end()
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def text_size(each, text_key):
@@ -363,36 +315,28 @@ def text_size(each, text_key):
 
 def share_out(inputs, text_key, max_bytes):
     """Return the bytes to take of each Input, in proportion to their text."""
-    if not max_bytes:
-        return [np.inf] * len(inputs)
-    if len(inputs) == 1:
-        return [max_bytes]
+    if not max_bytes or len(inputs) == 1:
+        return [max_bytes or np.inf] * len(inputs)
     sizes = [text_size(each, text_key) for each in inputs]
     return [max_bytes * size / max(sum(sizes), 1) for size in sizes]
 
 
 def read_documents(inputs, shares, text_key, domain_key, skipped):
-    """Yield (domain, UTF-8 bytes) of each document, from the beginning of each Input until its share is taken.
-
-    skipped: a Counter of what is left out, {in words: number}.
-    """
+    """Yield (domain, UTF-8 bytes) of each document, from the beginning of each Input until its share is taken."""
     names, alike, taken, budget = set(), {}, 0, 0
     for each, share in zip(inputs, shares):
         budget += share
         if taken >= budget:
             continue
-        if each.kind == "rows":
-            documents = read_rows(each, text_key, domain_key, skipped)
-        else:
-            documents = read_texts(each, text_key, skipped)
-        for domain, data in documents:
+        read = read_rows if each.kind == "rows" else read_texts
+        for domain, data in read(each, text_key, domain_key, skipped):
             if not data.strip():
                 skipped[f"empty documents of domain {domain!r}"] += 1
                 continue
             if domain not in names:
                 refuse_look_alike(domain, each.path, alike)
                 names.add(domain)
-            data = data.removeprefix(BOM)
+            data = data.removeprefix(b"\xef\xbb\xbf")  # what some editors write before the text
             yield domain, data
             taken += len(data)
             if taken >= budget:
@@ -403,15 +347,14 @@ def read_documents(inputs, shares, text_key, domain_key, skipped):
 
 
 def text_hash(data):
-    """Map a document's bytes to a uniform number in [0, 1), which decides its side of the split."""
+    """Map a document's bytes to a uniform number in [0, 1): its side of the split."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "little") / 2**56
 
 
 def sample_documents(documents, val_fraction, size):
-    """Yield (domain, bytes) of training documents, the same number of bytes from each domain.
+    """Yield (domain, bytes) of training documents, whatever their order: of each of K domains those of least hash.
 
-    Each of K domains gives size / K bytes, or all it has: its documents of least hash, each cut off at 64 KB. So the
-    sample is a function of the set of documents. Only what may still be in it is kept in memory.
+    They have size / K bytes, or all there are, and are cut off at 64 KB. Only what may still be used is in memory.
     """
     heaps, sizes = defaultdict(list), Counter()  # per domain: (-hash, document), and their bytes
 
@@ -432,15 +375,12 @@ def sample_documents(documents, val_fraction, size):
 
 
 def check_characters(tokenizer, documents):
-    """Encode and decode documents, and tell what is lost.  Raises UserError if it is above a hundredth of a domain.
-
-    Spaces that are added and other forms of the same characters are no loss.
-    """
+    """Tell what encoding and decoding loses of documents.  Raises UserError if it is above a hundredth of a domain."""
     total, lost = Counter(), defaultdict(Counter)
     for domain, data in documents:
         text = data.decode(errors="ignore")
         decoded = tokenizer.decode(tokenizer.encode(text.encode()).tolist()).decode()
-        before, after = (unicodedata.normalize("NFKC", each) for each in (text, decoded))
+        before, after = (unicodedata.normalize("NFKC", each) for each in (text, decoded))  # other forms are no loss
         total[domain] += len(before)
         lost[domain] += Counter(before) - Counter(after)
     for domain, characters in lost.items():
@@ -461,8 +401,8 @@ class Bins:
     folder: Path
     limit: float  # documents of smaller hash are held out
     train: Counter = field(default_factory=Counter)  # tokens, documents, bytes of text
-    val: Counter = field(default_factory=Counter)
     held_out: list = field(default_factory=list)  # (hash, ids, bytes of text)
+    val_tokens: int = 0  # of these
 
     def add(self, documents, args):
         """Add documents, (bytes, ids) pairs.  train.bin is open only meanwhile, for there may be many domains."""
@@ -474,31 +414,26 @@ class Bins:
                     self.train.update(tokens=len(ids), documents=1, bytes=len(data))
                 elif hashed < self.limit:
                     self.held_out.append((hashed, ids, len(data)))
-                    self.val.update(tokens=len(ids), documents=1, bytes=len(data))
-        while self.val["tokens"] > args.max_val_tokens and len(self.held_out) > 1:
+                    self.val_tokens += len(ids)
+        while self.val_tokens > args.max_val_tokens and len(self.held_out) > 1:
             # What this leaves out goes nowhere: in train.bin it could be a copy of what another domain holds out
             self.limit /= 2
             self.held_out = [document for document in self.held_out if document[0] < self.limit]
-            self.val.clear()
-            for _, ids, size in self.held_out:
-                self.val.update(tokens=len(ids), documents=1, bytes=size)
+            self.val_tokens = sum(len(ids) for _, ids, _ in self.held_out)
 
     def finish(self, domain, args):
         """Write val.bin, and return the domain's entry in meta.json.  Raises UserError for an empty side."""
-        for side, counts in ("train", self.train), ("val", self.val):
-            if not counts["documents"]:
-                total = self.train["documents"] + self.val["documents"]
-                raise UserError(f"domain {domain!r}: none of its {total} documents falls in {side} at --val_fraction="
-                                f"{args.val_fraction}; give it more or shorter documents, or change the fraction")
+        train, held_out = self.train["documents"], len(self.held_out)
+        if not train or not held_out:
+            raise UserError(f"domain {domain!r}: of its documents {train} are in train and {held_out} in val at "
+                            f"--val_fraction={args.val_fraction}; give it more or shorter ones, or change the fraction")
         if self.limit < args.val_fraction:
-            print_anywhere(f"{domain}: holds out {self.limit:.3g} of its documents, which is --max_val_tokens="
-                           f"{args.max_val_tokens}; train on most of the others with --val_fraction={self.limit:.3g}")
-        with open(self.folder / "val.bin", "wb") as file:
-            file.writelines(ids.data for _, ids, _ in self.held_out)
-        entry = {}
-        for what in "tokens", "documents", "bytes":
-            entry |= {f"train_{what}": self.train[what], f"val_{what}": self.val[what]}
-        return entry
+            print_anywhere(f"{domain}: --max_val_tokens={args.max_val_tokens} holds out {self.limit:.3g} of its "
+                           f"documents; train on most of the others with --val_fraction={self.limit:.3g}")
+        np.concatenate([ids for _, ids, _ in self.held_out]).tofile(self.folder / "val.bin")
+        return {"train_tokens": self.train["tokens"], "val_tokens": self.val_tokens,
+                "train_documents": train, "val_documents": held_out,
+                "train_bytes": self.train["bytes"], "val_bytes": sum(size for _, _, size in self.held_out)}
 
 
 def write_bins(documents, folder, tokenizer, dtype, args):
@@ -515,12 +450,10 @@ def write_bins(documents, folder, tokenizer, dtype, args):
 
 def encode_documents(documents, tokenizer, dtype, workers):
     """Yield {domain: [(bytes, ids)]} in the order of the documents.  At most 2 * workers of these are read ahead."""
-    mark = np.array([tokenizer.eot], dtype)
-
     def encode(group):
         by_domain = defaultdict(list)
         for domain, data in group:
-            by_domain[domain].append((data, np.append(mark, tokenizer.encode(data).astype(dtype))))
+            by_domain[domain].append((data, np.append(tokenizer.eot, tokenizer.encode(data)).astype(dtype)))
         return by_domain
 
     with ThreadPoolExecutor(workers) as pool:
@@ -539,7 +472,7 @@ def encode_documents(documents, tokenizer, dtype, workers):
 
 
 def write_meta(folder, tokenizer, dtype, domains):
-    """Write the tokenizer's file, and meta.json last."""
+    """Write the tokenizer's file, and meta.json last.  domains: {domain: its entry}, to which hashes are added."""
     if tokenizer.file:
         (folder / tokenizer.file[0]).write_bytes(tokenizer.file[1])
     for domain, entry in domains.items():
@@ -553,8 +486,7 @@ def write_meta(folder, tokenizer, dtype, domains):
 
 def print_table(domains, out_dir):
     width, total = max(map(len, (*domains, "domain"))), sum(entry["train_tokens"] for entry in domains.values())
-    print_anywhere(f"{'domain':{width}}{'train documents':>17}{'train tokens':>16}{'val tokens':>14}   share  "
-                   "bytes/token")
+    print_anywhere(f"{'domain':{width}}  train documents    train tokens    val tokens   share  bytes/token")
     for domain, entry in domains.items():
         counts = f"{entry['train_documents']:17,}{entry['train_tokens']:16,}{entry['val_tokens']:14,}"
         density = entry["val_bytes"] / entry["val_tokens"]
@@ -582,10 +514,12 @@ def main():
     add("--eot_token", help=f"end-of-text token of a tokenizer.json (default: the one of {', '.join(EOT_NAMES)})")
     add("--workers", type=cli.positive, default=os.cpu_count(), help="threads (default: one per core)")
     args = parser.parse_args()
-    if args.out_dir is None:
-        args.out_dir = Path("data", ROWS.sub("", Path(args.input).resolve().name))
-    inputs = find_inputs(args.input, args.domain_key)
-    skipped = Counter()
+    args.out_dir = args.out_dir or Path("data", ROWS.sub("", Path(args.input).resolve().name))
+    if args.input.startswith("hf:"):
+        inputs = [Input(args.input, None if args.domain_key else Path(args.input).name, "rows")]
+    else:
+        inputs = mixed_rows(Path(args.input)) if args.domain_key else domain_entries(Path(args.input))
+    skipped = Counter()  # {what is left out: number}
 
     with staged(args.out_dir) as folder:
         shares = share_out(inputs, args.text_key, args.max_bytes)

@@ -2,7 +2,6 @@
 
 The global batch of step t is a function of (seed, t, sampling weights, how many windows of each domain were drawn
 before). It never depends on the number of ranks, on threads or on time, and its whole state is a handful of integers.
-This file knows nothing of models.
 
 Dimensions: K domains, B sequences of the global batch, T tokens of a window (block_size).
 """
@@ -48,8 +47,8 @@ class Dataset:
         """What a run records of its data: JSON values.  weights: (K,) sampling weights."""
         data = {name: self.meta[name] for name in ("tokenizer", "tokenizer_sha256", "vocab_size")}
         data["train_tokens"] = {name: self.meta["domains"][name]["train_tokens"] for name in self.domains}
-        samples = [self.meta["domains"][name][f"{split}_sha256"]
-                   for name in sorted(self.domains) for split in ("train", "val")]
+        entries = [self.meta["domains"][name] for name in sorted(self.domains)]
+        samples = [entry[f"{split}_sha256"] for entry in entries for split in ("train", "val")]
         data["sample_sha256"] = hashlib.sha256("".join(samples).encode()).hexdigest()  # tells other text apart
         named = dict(zip(self.domains, np.asarray(weights).tolist()))
         return {"domains": list(self.domains), "sampling_weights": named, "data": {"data_dir": self.directory, **data}}
@@ -115,10 +114,7 @@ def allow_open_files(n):
 
 
 def map_windows(path, size, n_tokens, dtype, block_size):
-    """Aligned windows of T + 1 tokens with stride T (the last token of one is the first of the next): (n, T + 1).
-
-    size: the bytes that the file must have; n_tokens: how many of its tokens are used, from the start.
-    """
+    """Aligned windows of its first n_tokens; the last token of one is the first of the next: (n, T + 1)."""
     if not path.exists():
         cause = f"links to {path.readlink()}, which is gone" if path.is_symlink() else "is missing"
         raise UserError(f"{path} {cause}; put it back, or prepare the data set again (link it, if it was linked)")
@@ -129,10 +125,7 @@ def map_windows(path, size, n_tokens, dtype, block_size):
     if n < 1:
         raise UserError(f"{path}: domain '{path.parent.name}' has {n_tokens:,} tokens in {path.name}, fewer than one "
                         f"window of {block_size + 1}; give the domain more text, leave it out, or lower --block_size")
-    try:
-        tokens = np.memmap(path, dtype=dtype, mode="r")
-    except OSError as error:
-        raise UserError(f"{path} cannot be mapped ({error.strerror}); if files are too many, ulimit -n 8192") from None
+    tokens = np.memmap(path, dtype=dtype, mode="r")
     strides = (block_size * dtype.itemsize, dtype.itemsize)
     return np.lib.stride_tricks.as_strided(tokens, (n, block_size + 1), strides, writeable=False)
 
@@ -140,12 +133,10 @@ def map_windows(path, size, n_tokens, dtype, block_size):
 def check_vocabulary(rows, vocab_size, path):
     """Raise UserError where a token id has no row in the embedding."""
     if rows.size and int(rows.max()) >= vocab_size:
-        raise UserError(f"{path} holds token id {int(rows.max())}, but meta.json says vocab_size {vocab_size}; "
-                        "prepare the data set again")
+        raise UserError(f"{path} holds token id {rows.max()}, past the {vocab_size} of meta.json; prepare it again")
 
 
 # ---- sampling weights ------------------------------------------------------------------------------------------------
-
 
 NUMBER = r"\s*[-+]?[\d._]+([eE][-+]?\d+)?\s*"
 MIXTURE = re.compile(rf"uniform|token_count|(temperature|unimax):{NUMBER}|.+\.json|{NUMBER}(,{NUMBER})*", re.DOTALL)
@@ -165,18 +156,15 @@ def split_mixtures(spec):
 
 
 def sampling_weights(spec, dataset, planned_tokens):
-    """The distribution over domains that batches are drawn from: (K,) float64, sums to 1.
+    """The distribution over domains that batches are drawn from: (K,) float64, sums to 1.  Raises UserError.
 
-    spec: uniform | token_count | temperature:P | unimax:EPOCHS | FILE.json | numbers in the order of meta.json, or
-    several of these joined by +, which stands for their mean.
-    planned_tokens: of the whole run; only unimax needs it.  Raises UserError.
+    spec: one mixture, or several joined by +, which stands for their mean.
+    planned_tokens: of the whole run; only unimax needs it.
     """
-    mixtures = split_mixtures(spec)
-    return np.mean([one_mixture(each, dataset, planned_tokens) for each in mixtures], axis=0)
+    return np.mean([one_mixture(each, dataset, planned_tokens) for each in split_mixtures(spec)], axis=0)
 
 
 def one_mixture(spec, dataset, planned_tokens):
-    """As sampling_weights, of a spec without +."""
     counts, k = dataset.token_counts(), len(dataset.domains)
     kind, _, parameter = spec.partition(":")
     try:
@@ -205,8 +193,7 @@ def one_mixture(spec, dataset, planned_tokens):
 
 
 def weights_from_json(path, dataset):
-    """{DOMAIN: weight}, or an object that holds that under domain_weights (ours) or train_domain_weights (the official
-    repository's).  Matched by name, never by position."""
+    """Match {DOMAIN: weight} by name: the file's object, its domain_weights, or the official train_domain_weights."""
     content = read_json(path, "expected an object {DOMAIN: weight} in JSON")
     weights = content.get("domain_weights", content.get("train_domain_weights", content))
     check_weights(path, weights)
@@ -252,7 +239,6 @@ def unimax(counts, budget, epochs):
 
 # ---- randomness without memory ---------------------------------------------------------------------------------------
 
-
 BLOCK = 1 << 10  # windows whose order is worked out at once
 
 
@@ -265,8 +251,7 @@ def round_keys(seed, domain, epoch):
 def order(seed, domain, epoch, size, block):
     """A block of the order in which an epoch of a domain of `size` windows is drawn: (up to BLOCK,) int64.
 
-    A function of its arguments alone; the cache saves time. A few windows are shuffled, since `permute` reaches even
-    permutations only.
+    A few windows are shuffled, since `permute` reaches even permutations only. The cache only saves time.
     """
     keys = round_keys(seed, domain, epoch)
     if size <= BLOCK:
@@ -305,8 +290,7 @@ def scramble(z):
 def systematic_counts(weights, batch_size, u):
     """How many of batch_size sequences each domain gets, from one uniform number u in [0, 1): (K,) int64.
 
-    Systematic sampling: the counts sum to batch_size, each is within one of batch_size * weight, and their mean over u
-    is exactly that.
+    Systematic sampling: counts sum to batch_size, are within one of batch_size * weight, and have that mean over u.
     """
     cumulative = np.cumsum(weights)
     edges = np.floor(cumulative / cumulative[-1] * batch_size + u)
@@ -334,16 +318,19 @@ class Sampler:
         self.dataset, self.weights, self.batch_size = dataset, np.asarray(weights, dtype=np.float64), batch_size
         self.seed, self.rank, self.world_size, self.pin_memory = seed, rank, world_size, pin_memory
         self.state = {"step": 0, "drawn": [0] * len(dataset.domains)}  # batches and windows handed out so far
-        self.warned = set()
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sampler")
         self.ahead = None  # the future of the next batch
 
     def next_batch(self):
-        ahead = self.ahead or self.executor.submit(self.gather, self.state)
+        ahead, before = self.ahead or self.executor.submit(self.gather, self.state), self.epochs()
         batch = ahead.result()
         self.state = batch.state
         self.ahead = self.executor.submit(self.gather, self.state)
-        self.warn_of_repetition()
+        # Repeating data up to four times costs little (Muennighoff et al. 2023). A domain passes that only once
+        passed = np.flatnonzero((before <= 4) & (self.epochs() > 4)) if self.rank == 0 else []
+        for i in passed:
+            warnings.warn(f"domain '{self.dataset.domains[i]}' has been repeated more than 4 times by batch "
+                          f"{self.state['step']}", stacklevel=2)
         return batch
 
     def slots(self, state):
@@ -384,29 +371,20 @@ class Sampler:
         """How often each domain has been seen: (K,) float64."""
         return np.array([drawn / len(w) for drawn, w in zip(self.state["drawn"], self.dataset.train)])
 
-    def warn_of_repetition(self):
-        """Repeating data up to four times costs little (Muennighoff et al. 2023).  Warn once of a domain with more."""
-        for i in np.flatnonzero(self.epochs() > 4).tolist():
-            if i not in self.warned and self.rank == 0:
-                warnings.warn(f"domain '{self.dataset.domains[i]}' has been repeated more than 4 times by batch "
-                              f"{self.state['step']}", stacklevel=2)
-            self.warned.add(i)
-
     def state_dict(self):
         return {"step": self.state["step"], "drawn": list(self.state["drawn"])}
 
     def load_state_dict(self, state):
         self.state, self.ahead = {"step": state["step"], "drawn": list(state["drawn"])}, None
-        self.warned = set(np.flatnonzero(self.epochs() > 4).tolist())
 
     def close(self):
         self.executor.shutdown(cancel_futures=True)
 
 
 def evaluation_batches(dataset, n_windows, batch_size, rank=0, world_size=1):
-    """n_windows validation windows of every domain (0: all), spread evenly over val.bin, shared out among ranks.
+    """n_windows validation windows of every domain (0: all), shared out among ranks.
 
-    Documents lie in val.bin file by file: its first windows would be a few neighbouring files.
+    They are spread evenly over val.bin, whose first windows may be a few neighbouring files.
     Yields tokens (batch_size, T + 1) and domain (batch_size,) int64, the same number of batches on every rank. Batches
     are filled up with rows of domain K, which are to be dropped, so a compiled model is compiled for one shape.
     """

@@ -19,11 +19,9 @@ from common.files import shorter
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")  # what to look for in a tokenizer.json
-# GPT-4's rule for splitting text into words before byte pairs are merged. A .tiktoken file does not hold its rule, so
-# all tokenizers that are trained here or read from such a file share this one.
-PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+# GPT-4's rule for splitting text into words. A .tiktoken file does not hold its rule: all of them share this one here
+PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}|"
+           r" ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
 SPAN = 1 << 17  # bytes encoded at once: tiktoken's regular expressions overflow their stack on longer runs of one kind
 
 
@@ -39,15 +37,11 @@ class Tokenizer(NamedTuple):
 
 
 def tokenizer_name(text):
-    """The type of --tokenizer: a file may be given with ~."""
     return cli.path(text) if text.endswith((".json", ".tiktoken")) else text
 
 
 def load_tokenizer(spec, eot_token=None, sample=None):
-    """Return the Tokenizer that --tokenizer asks for.  Raises UserError.
-
-    eot_token: name of the end-of-text token in a tokenizer.json; sample: called for the texts that train:N trains on.
-    """
+    """Return the Tokenizer that --tokenizer asks for.  sample: called for the texts that train:N trains on."""
     if eot_token not in (None, EOT) and not spec.endswith(".json"):
         raise UserError(f"--eot_token={eot_token}: --tokenizer={spec} has one end-of-text token; leave the flag out")
     try:
@@ -63,8 +57,8 @@ def load_tokenizer(spec, eot_token=None, sample=None):
         if spec in tiktoken.list_encoding_names():
             return from_tiktoken(tiktoken.get_encoding(spec))
     except (OSError, ValueError) as error:  # of a file, or of tiktoken's download
-        raise UserError(f"--tokenizer={spec}: cannot be read ({shorter(error)}); repeat a damaged download, or without "
-                        "a network set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
+        raise UserError(f"--tokenizer={spec}: cannot be read ({shorter(error)}); download it again; without a network "
+                        "set TIKTOKEN_CACHE_DIR, or use --tokenizer=train:4096") from None
     raise UserError(f"--tokenizer={spec}: unknown; expected bytes, train:N, FILE.tiktoken, FILE.json, or one of "
                     f"{', '.join(tiktoken.list_encoding_names())}")
 
@@ -73,10 +67,9 @@ def data_tokenizer(dataset):
     """The Tokenizer that a data set was made with.  Raises UserError."""
     spec, eot = dataset.meta["tokenizer"], None
     if spec.startswith("train:") or spec.endswith((".json", ".tiktoken")):
-        file = next(Path(dataset.directory).glob("tokenizer.*"), None)
-        if not file:
-            raise UserError(f"{dataset.directory}: its tokenizer.json or tokenizer.tiktoken is gone; put it back")
-        spec = str(file)
+        spec = f"{dataset.directory}/tokenizer.{'json' if spec.endswith('.json') else 'tiktoken'}"
+        if not Path(spec).exists():
+            raise UserError(f"{spec} is gone; put it back")
     if spec.endswith(".json"):
         eot = parse_json(spec, Path(spec).read_bytes()).id_to_token(dataset.meta["eot_token"])
     tokenizer = load_tokenizer(spec, eot)
@@ -87,25 +80,22 @@ def data_tokenizer(dataset):
 
 def train_merges(spec, sample):
     """Return {token: rank}: a pair of tokens whose whole has the least rank is merged first."""
-    size = spec.removeprefix("train:")
-    if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
+    size = int(spec.removeprefix("train:"))
+    if not 257 <= size <= 1_000_000:
         raise UserError(f"--tokenizer={spec}: expected a whole number from 257 (bytes and end of text) to 1000000")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(sample(), int(size) - 1, pattern=PATTERN)
+    trainer.train_from_iterator(sample(), size - 1, pattern=PATTERN)
     merges = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    if len(merges) + 1 < int(size):
+    if len(merges) + 1 < size:
         raise UserError(f"--tokenizer={spec}: the text yields only {len(merges) + 1} tokens; ask for fewer")
     return merges
 
 
 def read_merges(spec):
-    try:
-        pairs = [line.split() for line in Path(spec).read_bytes().splitlines()]
-        merges = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
-    except ValueError:
-        merges = {}
+    pairs = [line.split() for line in Path(spec).read_bytes().splitlines()]
+    merges = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     if sorted(merges.values()) != list(range(len(merges))) or not all(bytes([byte]) in merges for byte in range(256)):
-        raise UserError(f"--tokenizer={spec}: not a .tiktoken file, or a damaged one; download it again")
+        raise ValueError("a damaged .tiktoken file")
     return merges
 
 
@@ -151,25 +141,20 @@ def from_json(spec, data, eot_token):
     tokenizer = parse_json(spec, data)
     ids = tokenizer.get_vocab()
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    names = [eot_token] if eot_token else EOT_NAMES
-    found = [name for name in names if name in ids]
+    found = [name for name in ([eot_token] if eot_token else EOT_NAMES) if name in ids]
     found = [name for name in found if name in special] or found
     if len(found) != 1:
-        raise UserError(f"--tokenizer={spec}: has {' and '.join(found) or 'none'} of {', '.join(names)}; name its "
-                        "end-of-text token with --eot_token")
+        raise UserError(f"--tokenizer={spec}: has {' and '.join(found) or 'none'} of {eot_token or EOT_NAMES}; name "
+                        "its end-of-text token with --eot_token")
     eot = found[0]
     return Tokenizer(
         Path(spec).name, hashlib.sha256(data + eot.encode()).hexdigest(), max(ids.values()) + 1, ids[eot],
         lambda data: np.array(tokenizer.encode(data.decode(), add_special_tokens=False).ids, np.uint32),
-        lambda ids: tokenizer.decode(ids).encode(), ("tokenizer.json", data),
-    )  # fmt: skip
+        lambda ids: tokenizer.decode(ids).encode(), ("tokenizer.json", data))
 
 
 def split_text(data, size):
-    """Yield the ends of pieces of size / 2 to size bytes; the last one may be shorter.
-
-    A piece ends after the last blank line that fits; or else after the last line, word or character.
-    """
+    """Yield the ends of pieces of size / 2 to size bytes: at the last blank line, or else line, word or character."""
     start = 0
     while len(data) - start > size:
         for mark in (b"\n\n", b"\n\r\n", b"\n", b" "):

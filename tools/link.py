@@ -10,11 +10,10 @@ writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
 --tokenizer must be the one that made the ids, with end of text before or after each document. A domain of one file of
-uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. Nothing is guessed: an index tells the type
-of the ids; bare ids are of the widest type in which all of a domain's are tokens. Unless a file named val is, the last
-documents of a domain are held out: val.bin is a copy of them. A linked train.bin still has them at its end, so
-meta.json says how many of its tokens are for training (train_tokens) and how many bytes the file must have
-(train_file_bytes). train_bytes is null: counting it would mean decoding everything.
+uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. An index tells the type of the ids; bare ids
+are of the widest type in which all of a domain's are tokens. Unless a file named val is, the last documents of a domain
+are held out: val.bin is a copy of them. A linked train.bin still has them at its end: in meta.json, train_tokens are
+for training, and train_file_bytes is the size that it must have. train_bytes, which would take decoding, is null.
 """
 
 import re
@@ -32,7 +31,7 @@ from common import cli
 from common.cli import UserError, print_anywhere
 from common.files import folder_name, staged
 from common.tokenizer import load_tokenizer, optional, tokenizer_name
-from prepare import HELD_OUT, files_by_domain, print_table, visible, write_meta
+from prepare import HELD_OUT, files_by_domain, print_table, walk, write_meta
 
 DATA = re.compile(r"((_text)?(_document|_sentence))?\.(bin|ds|parquet)$")
 BESIDE = re.compile(r"\.idx$|\.ds\.(index|metadata|loss)$")  # files that tell of others
@@ -40,9 +39,6 @@ VAL = re.compile(r"(?i)val|dev")  # of what HELD_OUT finds
 MAGIC = re.compile(rb"[\x80-\xff]?[A-Z]{3}[A-Z0-9]|PK\x03\x04|\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|(.{8})?\{\"", re.S)
 MEGATRON = {4: "<u4", 5: "<u8", 8: "<u2"}  # its codes: type; ids are not negative, so int32 is read as uint32
 BLOCK = 1 << 22  # tokens read at once
-
-
-# ---- what a file says of itself, and what it holds -------------------------------------------------------------------
 
 
 @dataclass
@@ -59,13 +55,7 @@ class Source:
 
     def fits(self, vocab_size):
         whole = self.path.stat().st_size % self.dtype.itemsize == 0
-        return whole and all(ids.max() < vocab_size for ids in self.blocks())
-
-    def blocks(self):
-        """Yield all ids, some at a time."""
-        if self.path.suffix == ".parquet":
-            return (ids for ids, _ in read_parquet(self.path))
-        return blocks_of(self.ids())
+        return whole and all(ids.max() < vocab_size for ids in blocks_of(self.ids()))
 
 
 def blocks_of(ids):
@@ -80,9 +70,12 @@ def inspect(path, bare):
         return Source(path, documents=None if packed else len(lengths))
     if path.suffix == ".bin" and path.with_suffix(".idx").exists():
         return megatron(path, path.with_suffix(".idx"))
-    index = Path(f"{path}.index")
-    if path.suffix == ".ds" and index.exists() and path.stat().st_size:
-        return datatrove(path, index)
+    if path.suffix == ".ds" and Path(f"{path}.index").exists() and path.stat().st_size:
+        ends = np.fromfile(f"{path}.index", "<u8")  # of documents, in tokens
+        width = path.stat().st_size / max(int(ends[-1:].sum()), 1)
+        if width not in (2, 4):
+            raise UserError(f"{path}: is cut short: its index tells of ids of {width:g} bytes, not 2 or 4")
+        return Source(path, np.dtype(f"<u{width:.0f}"), len(ends))
     with open(path, "rb") as file:
         head = file.read(1024)
     if not bare and (MAGIC.match(head) or bytes(128) in head):
@@ -94,25 +87,15 @@ def megatron(path, index):
     with open(index, "rb") as file:
         magic, version, code, sequences, documents = struct.unpack("<9sQBQQ", file.read(34).ljust(34, b"\0"))
         if magic != b"MMIDIDX\0\0" or version != 1 or code not in MEGATRON:
-            raise UserError(f"{index}: not a Megatron index of version 1 with uint16, int32 or int64 ids: it begins "
-                            f"with {magic}, version {version}, type {code}")
+            raise UserError(f"{index}: begins with {magic}, {version}, {code}; expected a Megatron index of integers")
         lengths = np.fromfile(file, "<i4", sequences)
         pointers = np.fromfile(file, "<i8", sequences)
     dtype, ends = np.dtype(MEGATRON[code]), np.append(0, np.cumsum(lengths, dtype=np.int64))
     if not np.array_equal(pointers, ends[:-1] * dtype.itemsize):
         raise UserError(f"{index}: is cut short, or does not list its documents in their order; merge the data again")
-    size = path.stat().st_size
-    if size != ends[-1] * dtype.itemsize:
-        raise UserError(f"{path}: {size:,} bytes are not the {ends[-1]:,} ids of {dtype} that its index tells of")
+    if path.stat().st_size != ends[-1] * dtype.itemsize:
+        raise UserError(f"{path}: its size is not that of the {ends[-1]:,} ids of {dtype} that its index tells of")
     return Source(path, dtype, documents - 1)
-
-
-def datatrove(path, index):
-    ends = np.fromfile(index, "<u8")  # of documents, in tokens
-    width = path.stat().st_size / max(int(ends[-1:].sum()), 1)
-    if width not in (2, 4):
-        raise UserError(f"{path}: is cut short: its index tells of ids of {width:g} bytes, not 2 or 4")
-    return Source(path, np.dtype(f"<u{width:.0f}"), len(ends))
 
 
 def settle(sources, vocab_size):
@@ -131,11 +114,9 @@ def read_parquet(path):
     try:
         file = optional("pyarrow.parquet", path).ParquetFile(path)
         columns = [name for name in ("input_ids", "attention_mask") if name in file.schema_arrow.names]
-        if "input_ids" not in columns:
-            raise UserError(f"{path}: has no column input_ids; for text use prepare.py")
-        found = str(file.schema_arrow.field("input_ids").type)
+        found = str(file.schema_arrow.field("input_ids").type) if "input_ids" in columns else "missing"
         if not re.search(r"list<.*: u?int\d+( not null)?>", found):
-            raise UserError(f"{path}: input_ids are of type {found}; expected lists of integers")
+            raise UserError(f"{path}: column input_ids is {found}; expected lists of integers (text: prepare.py)")
         for batch in file.iter_batches(1024, columns=columns):
             rows = compute.drop_null(batch)
             lengths = compute.list_value_length(rows["input_ids"]).to_numpy()
@@ -148,19 +129,14 @@ def read_parquet(path):
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-# ---- what a domain has -----------------------------------------------------------------------------------------------
-
-
 def read_domain(entry, paths, tokenizer, bare):
-    """Find out which of a domain's files are for training, and what they are.  Returns two lists of Sources."""
+    """Find out which of a domain's files are for training and validation.  Returns two lists of Sources."""
     train, val = [], []
     for path in paths:
-        refuse_orphan(path)
         if BESIDE.search(path.name):
             continue
         if not DATA.search(path.name):
-            raise UserError(f"{path}: unknown file type; expected .bin, .ds or .parquet. Rename ids without a header "
-                            "to .bin; save numpy's arrays with tofile; remove other files")
+            raise UserError(f"{path}: unknown file type; expected .bin (ids without a header), .ds or .parquet")
         held_out = [found for part in path.relative_to(entry).parts for found in HELD_OUT.findall(part)]
         if not held_out:
             train.append(inspect(path, bare))
@@ -176,30 +152,22 @@ def read_domain(entry, paths, tokenizer, bare):
 
 def linked_type(train):
     """The type of ids in the one file of a domain that can be linked, or None."""
-    plain = len(train) == 1 and train[0].dtype in (np.dtype("<u2"), np.dtype("<u4"))
-    return train[0].dtype if plain else None
-
-
-def refuse_orphan(path):
-    """Raise UserError for an index whose data is missing."""
-    owner = path.with_suffix(".bin") if path.suffix == ".idx" else path.with_suffix("")
-    if BESIDE.search(path.name) and not owner.exists():
-        raise UserError(f"{path}: tells of {owner.name}, which is missing; bring it, or remove this one")
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
+    return train[0].dtype if len(train) == 1 and train[0].dtype in (np.dtype("<u2"), np.dtype("<u4")) else None
 
 
 def copy(sources, file_name, tokenizer, dtype):
     with open(file_name, "wb") as file:
         for source in sources:
-            for ids in source.blocks():
+            if source.path.suffix == ".parquet":
+                blocks = (ids for ids, _ in read_parquet(source.path))
+            else:
+                blocks = blocks_of(source.ids())
+            for ids in blocks:
                 check_ids(ids, tokenizer, source.path)  # before a narrower type could wrap them around
                 file.write(ids.astype(dtype).data)
 
 
 def check_ids(ids, tokenizer, path):
-    """Raise UserError for an id that is none of the vocabulary."""
     for block in blocks_of(ids):
         for found in int(block.min()), int(block.max()):
             if not 0 <= found < tokenizer.vocab_size:
@@ -208,7 +176,7 @@ def check_ids(ids, tokenizer, path):
 
 
 def check_marks(ids, sources, eot):
-    """Raise UserError where end of text does not stand between documents: it is missing, or it pads rows."""
+    """Raise UserError where end of text is missing between documents, or pads rows."""
     marks = twice = 0
     for block in blocks_of(ids):
         mark = block == eot
@@ -219,23 +187,23 @@ def check_marks(ids, sources, eot):
         raise UserError(f"{sources[0].path}: end of text, id {eot}, occurs {marks:,} times in {documents:,} documents; "
                         "check --tokenizer, or tokenize again with --append-eod")
     if twice > marks / 2:
-        raise UserError(f"{sources[0].path}: of {marks:,} ends of text, id {eot}, {twice:,} follow another: rows are "
-                        "padded with it; keep their attention_mask beside input_ids, or cut the padding off")
+        raise UserError(f"{sources[0].path}: {twice:,} of {marks:,} ends of text, id {eot}, follow another; cut off "
+                        "padding, or keep the attention_mask of rows")
 
 
 def count_documents(ids, eot):
-    count = int(ids[0] != eot) - int(ids[-1] == eot)
-    return count + sum(int((block == eot).sum()) for block in blocks_of(ids))
+    marks = sum(int((block == eot).sum()) for block in blocks_of(ids))
+    return marks + int(ids[0] != eot) - int(ids[-1] == eot)
 
 
 def count_bytes(ids, tokenizer):
-    """Return the bytes of the text of some ids, without the marks of its documents."""
+    """Return the bytes of the text of some ids, without marks."""
     texts = np.split(ids, np.flatnonzero(ids == tokenizer.eot))
     return sum(len(tokenizer.decode(text[text != tokenizer.eot].tolist())) for text in texts)
 
 
 def link_domain(train, val, folder, tokenizer, dtype, max_val_tokens):
-    """Make one domain's train.bin and val.bin; returns its entry in meta.json."""
+    """Make one domain's train.bin and val.bin.  Return its entry in meta.json."""
     folder.mkdir()
     train_path, val_path, eot = folder / "train.bin", folder / "val.bin", tokenizer.eot
     linked = linked_type(train) == dtype
@@ -244,13 +212,13 @@ def link_domain(train, val, folder, tokenizer, dtype, max_val_tokens):
         check_ids(train[0].ids(), tokenizer, train[0].path)
     else:
         copy(train, train_path, tokenizer, dtype)
-    copy(val, val_path, tokenizer, dtype)
-    for path, sources in (train_path, train), (val_path, val):
-        if sources:
-            check_marks(np.memmap(path, dtype, mode="r"), sources, eot)
     ids = np.memmap(train_path, dtype, mode="r")
     end = len(ids)
-    if not val:
+    check_marks(ids, train, eot)
+    if val:
+        copy(val, val_path, tokenizer, dtype)
+        check_marks(np.memmap(val_path, dtype, mode="r"), val, eot)
+    else:
         tail = end - max(1, min(max_val_tokens, end // 20))
         begins = np.flatnonzero(ids[tail:-1] == eot)
         if not len(begins):
@@ -275,32 +243,28 @@ def main():
     add = parser.add_argument
     add("input", metavar="INPUT", type=cli.path, help="see above")
     add("--out_dir", type=cli.path, help="the data set to make (default: data/NAME, after INPUT)")
-    add("--tokenizer", type=tokenizer_name, required=True, help="what made the ids: a tiktoken name, FILE.tiktoken or "
-        "a tokenizer.json")
+    add("--tokenizer", type=tokenizer_name, required=True, help="a tiktoken name, FILE.tiktoken or a tokenizer.json")
     add("--eot_token", help="end-of-text token of a tokenizer.json (default: the usual one that it has)")
-    add("--dtype", choices=["uint16", "uint32", "uint64"], help="type of ids in files that do not tell it, whether "
-        "signed or not (default: the widest in which all are tokens)")  # fmt: skip
+    add("--dtype", choices=["uint16", "uint32", "uint64"], help="of bare ids (default: widest in which all are tokens)")
     add("--max_val_tokens", type=cli.positive, default=10_000_000, help="tokens to hold out at the end of each domain, "
         "at most a twentieth of it (default: %(default)s)")  # fmt: skip
     args = parser.parse_args()
     root = Path(args.input)
     tokenizer = load_tokenizer(args.tokenizer, args.eot_token)
-    for path in visible(root):
-        refuse_orphan(path)
-    domains = {}
-    for domain, entry, paths in files_by_domain(root, DATA, BESIDE):
-        domains[domain] = read_domain(entry, paths, tokenizer, args.dtype)
+    for path in walk(root, {}):
+        owner = path.with_suffix(".bin" if path.suffix == ".idx" else "")
+        if BESIDE.search(path.name) and not owner.exists():
+            raise UserError(f"{path}: tells of {owner.name}, which is missing; bring it, or remove this one")
+    domains = {domain: read_domain(entry, paths, tokenizer, args.dtype)
+               for domain, entry, paths in files_by_domain(root, DATA, BESIDE)}
     types = {linked_type(train) for train, _ in domains.values()} - {None}
     dtype = types.pop() if len(types) == 1 else np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
     if tokenizer.vocab_size - 1 > np.iinfo(dtype).max:
-        raise UserError(f"{root}: its ids are of {dtype}, too narrow for the {tokenizer.vocab_size} tokens of "
-                        f"{tokenizer.name}; check --tokenizer")
+        raise UserError(f"{root}: {dtype} is too narrow for --tokenizer={args.tokenizer}; check that it made the ids")
     out_dir = args.out_dir or Path("data", root.resolve().name)
-    entries = {}
     with staged(out_dir) as staging:
-        for domain, sources in tqdm(domains.items(), desc="linking", unit="domain", disable=None):
-            folder = staging / folder_name(domain)
-            entries[domain] = link_domain(*sources, folder, tokenizer, dtype, args.max_val_tokens)
+        entries = {domain: link_domain(*sources, staging / folder_name(domain), tokenizer, dtype, args.max_val_tokens)
+                   for domain, sources in tqdm(domains.items(), desc="linking", unit="domain", disable=None)}
         write_meta(staging, tokenizer, dtype, entries)
     print_table(entries, out_dir)
 
