@@ -41,7 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import cli
-from common.cli import UserError, print_anywhere
+from common.cli import UserError
 from common.files import DATA_FORMAT, folder_name, parse_lines, sample_sha256, shorter, staged
 from common.tokenizer import EOT, EOT_NAMES, load_tokenizer, optional, split_text, tokenizer_name
 
@@ -389,7 +389,7 @@ def check_characters(tokenizer, documents):
             words = f"domain {domain!r}: {tokenizer.name} loses {share:.2%} of the characters, such as {example!r}"
             if share > 0.01:
                 raise UserError(f"{words}; choose a tokenizer that has them, or one with byte fallback")
-            print_anywhere(words)
+            print(words)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -428,7 +428,7 @@ class Bins:
             raise UserError(f"domain {domain!r}: of its documents {train} are in train and {held_out} in val at "
                             f"--val_fraction={args.val_fraction}; give it more or shorter ones, or change the fraction")
         if self.limit < args.val_fraction:
-            print_anywhere(f"{domain}: --max_val_tokens={args.max_val_tokens} holds out {self.limit:.3g} of its "
+            print(f"{domain}: --max_val_tokens={args.max_val_tokens} holds out {self.limit:.3g} of its "
                            f"documents; train on most of the others with --val_fraction={self.limit:.3g}")
         np.concatenate([ids for _, ids, _ in self.held_out]).tofile(self.folder / "val.bin")
         return {"train_tokens": self.train["tokens"], "val_tokens": self.val_tokens,
@@ -486,12 +486,12 @@ def write_meta(folder, tokenizer, dtype, domains):
 
 def print_table(domains, out_dir):
     width, total = max(map(len, (*domains, "domain"))), sum(entry["train_tokens"] for entry in domains.values())
-    print_anywhere(f"{'domain':{width}}  train documents    train tokens    val tokens   share  bytes/token")
+    print(f"{'domain':{width}}  train documents    train tokens    val tokens   share  bytes/token")
     for domain, entry in domains.items():
         counts = f"{entry['train_documents']:17,}{entry['train_tokens']:16,}{entry['val_tokens']:14,}"
         density = entry["val_bytes"] / entry["val_tokens"]
-        print_anywhere(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
-    print_anywhere(f"next: python train_reference.py --data_dir={shlex.quote(str(out_dir))} "
+        print(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
+    print(f"next: python train_reference.py --data_dir={shlex.quote(str(out_dir))} "
                    "--out_dir=checkpoints/reference")
 
 
@@ -542,7 +542,7 @@ def main():
         domains = write_bins(documents("tokenizing"), folder, tokenizer, dtype, args)
         write_meta(folder, tokenizer, dtype, domains)
     for what, number in skipped.items():
-        print_anywhere(f"skipped {number:,} {what}")
+        print(f"skipped {number:,} {what}")
     print_table(domains, args.out_dir)
 
 

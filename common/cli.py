@@ -72,10 +72,6 @@ def run(main):
         sys.exit(2)
 
 
-def print_anywhere(text, file=None):
-    print(text, file=file or sys.stdout, flush=True)
-
-
 QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 WORD = re.compile(rf"(?:{QUOTED.pattern}|[^\s'\"])+(?=\s|$)")
 

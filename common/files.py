@@ -13,7 +13,7 @@ import uuid
 import warnings
 from pathlib import Path
 
-from common.cli import UserError, print_anywhere, shown
+from common.cli import UserError, shown
 
 if os.name == "nt":
     import msvcrt
@@ -153,7 +153,7 @@ def staged(out_dir):
         raise UserError(f"{out_dir}: exists already; delete it, or choose another place")
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     for other in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        print_anywhere(f"{other}: is of a run that was killed, or is still being written; in the first case, delete it")
+        print(f"{other}: is of a run that was killed, or is still being written; in the first case, delete it")
     try:
         (staging / "inside").mkdir(parents=True)
         staging.rename(f"{staging}2").rename(staging)  # some disks cannot, which is better known before the work

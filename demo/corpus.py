@@ -23,7 +23,7 @@ from pydoc_data.topics import topics
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from common.cli import UserError, print_anywhere, run
+from common.cli import UserError, run
 from common.files import staged
 
 TEST = r"(^|/)(tests?|testing|_?internal_tests)/|/(test_[^/]*|conftest)\.py$"
@@ -133,7 +133,7 @@ def main():
                     if share <= 0:
                         break
             (staging / f"{domain}.txt").write_text("".join(kept), encoding="utf-8", newline="\n")
-            print_anywhere(f"{out_dir}/{domain}.txt: {sum(map(len, kept)) / 1e6:.1f} million characters")
+            print(f"{out_dir}/{domain}.txt: {sum(map(len, kept)) / 1e6:.1f} million characters")
 
 
 if __name__ == "__main__":

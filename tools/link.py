@@ -28,7 +28,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from common import cli
-from common.cli import UserError, print_anywhere
+from common.cli import UserError
 from common.files import folder_name, staged
 from common.tokenizer import load_tokenizer, optional, tokenizer_name
 from prepare import HELD_OUT, files_by_domain, print_table, walk, write_meta
@@ -143,7 +143,7 @@ def read_domain(entry, paths, tokenizer, bare):
         elif VAL.match(held_out[0]):
             val.append(inspect(path, bare))
         else:
-            print_anywhere(f"leaving out {path}: it is named as test data")
+            print(f"leaving out {path}: it is named as test data")
     if not train:
         raise UserError(f"{entry}: holds no file for training; add one, or rename it")
     settle(train + val, tokenizer.vocab_size)
