@@ -47,9 +47,10 @@ def distances(found, expected):
     return [distance(found[name], expected[name]) for name in ("alpha_history", "model")]
 
 
-def test_ranks_end_as_on_a_cpu(world, whole, tmp_path):
+def test_ranks_end_as_on_a_cpu(world, launch, whole, tmp_path):
     expected = proxy(run_forked, world, tmp_path / "cpu", "--device=cpu")
-    for found in (whole(1), whole(2), whole(4, nodes=2)):
+    own_card = proxy(launch, world, tmp_path / "own", ranks=2, cards={"count": 1})  # each sees its own only, as cuda:0
+    for found in (whole(1), whole(2), whole(4, nodes=2), own_card):
         assert max(distances(found, expected)) < 1e-12
 
 
@@ -58,12 +59,6 @@ def test_killed_and_resumed_to_the_bit(world, launch, whole, tmp_path, ranks, ki
     proxy(launch, world, tmp_path / "killed", ranks=ranks, kill=kill, status=-9)
     resumed = proxy(launch, world, tmp_path / "killed", "--resume", ranks=ranks)
     assert resumed["step"] == 6 and distances(resumed, whole(ranks)) == [0, 0]
-
-
-def test_each_process_sees_its_own_card_only(world, launch, whole, tmp_path):
-    """As under Slurm's --gpus-per-task: the only card is cuda:0."""
-    found = proxy(launch, world, tmp_path / "run", ranks=2, cards={"count": 1})
-    assert distances(found, whole(2)) == [0, 0]
 
 
 @pytest.mark.parametrize("cards, dtype", [
