@@ -49,19 +49,12 @@ def assert_close(ours, theirs):
         assert distance(read_alpha(ours[0]), read_alpha(theirs[0])) < 1e-3
 
 
-def test_two_compiled_ranks_are_two_eager_ranks(train):
+@pytest.mark.parametrize("script, more, ranks", [
+    ("train_reference.py", [], 2),
+    pytest.param("train_doremi.py", ["--micro_batch_size=3", "--activation_checkpointing"], 1, marks=pytest.mark.slow)])
+def test_two_compiled_ranks_are_eager_ranks(train, script, more, ranks):
     """Compiled code rounds fewer intermediate values to bfloat16, nothing else."""
-    compiled, eager = (train("train_reference.py", flag, ranks=2) for flag in ("--compile", "--no-compile"))
-    assert_close(compiled, eager)
-
-
-@pytest.mark.slow
-def test_two_compiled_ranks_are_one(train):
-    """Within the bound that holds between compiled and eager."""
-    more = "--micro_batch_size=3", "--activation_checkpointing"
-    one, two = (train("train_doremi.py", "--compile", *more, ranks=ranks) for ranks in (1, 2))
-    assert_close(two, one)
-    assert_close(one, train("train_doremi.py", "--no-compile", *more, ranks=1))
+    assert_close(train(script, "--compile", *more, ranks=2), train(script, "--no-compile", *more, ranks=ranks))
 
 
 @pytest.mark.slow
