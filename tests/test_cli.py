@@ -35,9 +35,8 @@ def test_flags_from_a_file(tmp_path):
     assert parser().parse_args(["--steps=4", f"@{file}"]).steps == 3  # wherever they are
     found = parser().parse_args([f"@{outer}"])
     assert (found.steps, found.rate, found.name) == (3, 0.25, "runs/lr#2\\new")
-    for encoding in ("utf-8-sig", "utf-16"):
-        file.write_text("--name=Müller", encoding=encoding)
-        assert parser().parse_args([f"@{file}"]).name == "Müller"
+    file.write_text("--name=Müller", encoding="utf-16")
+    assert parser().parse_args([f"@{file}"]).name == "Müller"
 
 
 @pytest.mark.parametrize("content, named", [
