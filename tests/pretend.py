@@ -200,14 +200,12 @@ def install(**settings):
 
 
 def pretend_tensors():
-    """Replace what C++ would do on a card without asking anybody."""
     _device._device_constructors()  # a cached list, which must know the real torch.empty
     empty, tensor, torch_function = torch.empty, torch.tensor, _device.DeviceContext.__torch_function__
 
     def tensor_there(data, *args, device=None, **kwargs):
-        if on_card(device):
-            return tensor(data, *args, **kwargs).to(device)
-        return tensor(data, *args, device=device, **kwargs)
+        made = tensor(data, *args, **kwargs)
+        return made if device is None else made.to(device)
 
     def noted(self, *args):
         """Tell torch.device("meta") from C++, which takes a card's tensor for one on the meta device."""
@@ -228,8 +226,7 @@ def pretend_mps():
     to = torch.Tensor.to
     torch.backends.mps.is_available = lambda: True
 
-    def to_mps(self, *args, **kwargs):
-        """C++ refuses mps before it asks anybody."""
+    def to_mps(self, *args, **kwargs):  # C++ refuses mps before it asks anybody
         words = [*args, *kwargs.values()]
         if not any(map(on_card, words)):
             return to(self, *args, **kwargs)

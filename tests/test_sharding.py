@@ -37,10 +37,13 @@ def model_of(out):
     return torch.load(out / "ckpt.pt", weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("ranks, nodes", [(2, 1), (4, 1), (4, 2)])
-def test_gradients_are_summed_and_parameters_are_shared_out(train, ranks, nodes):
-    """In every block and in the root: AdamW would hide it. Each rank holds 1 / N of its node's parameters."""
-    out, notes = train("--dtype=float64", ranks=ranks, nodes=nodes)
+@pytest.mark.parametrize("ranks, nodes, micro_batch_size", [(2, 1, 6), (3, 1, 1), (4, 2, 3)])
+def test_gradients_are_summed_and_parameters_are_shared_out(train, ranks, nodes, micro_batch_size):
+    """In every block and in the root: AdamW would hide it. Each rank holds 1 / N of its node's parameters.
+
+    Evaluation has 8 windows, and its last round two of them for three ranks, which all have to pass as many.
+    """
+    out, notes = train("--dtype=float64", f"--micro_batch_size={micro_batch_size}", ranks=ranks, nodes=nodes)
     alone, expected = train("--dtype=float64")
     for found, gradients in zip(notes[0]["gradients"], expected[0]["gradients"], strict=True):
         assert found.keys() == gradients.keys() and len(found) == 2 + 3 * 6
@@ -48,6 +51,9 @@ def test_gradients_are_summed_and_parameters_are_shared_out(train, ranks, nodes)
             assert gradient.abs().max() > 1e-5, name
             assert distance(found[name], gradient) < 1e-12, name
     assert distance(model_of(out), model_of(alone)) < 1e-12
+    for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
+        for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds", "ended"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-11, abs=1e-12), name
     assert {type(value) for value in model_of(out).values()} == {torch.Tensor}  # a checkpoint needs no ranks to be read
     held, total = [own["held"] for own in notes], expected[0]["held"]
     assert sum(held) == nodes * total and max(held) <= 1.1 * total * nodes / ranks  # rows do not always divide
@@ -75,14 +81,6 @@ def test_one_large_step_in_bfloat16(train):
     assert read_metrics(out)[0]["loss"] == pytest.approx(read_metrics(alone)[0]["loss"], abs=1e-12)
     found, gradient = (own[0]["gradients"][0]["embedding.weight"] for own in (notes, expected))
     assert distance(found, gradient) < 0.01 * gradient.abs().max()
-
-
-def test_metrics_are_those_of_one_rank(train):
-    """Evaluation has 8 windows, and its last round two of them for three ranks, which all have to pass as many."""
-    (out, _), (alone, _) = train("--dtype=float64", "--micro_batch_size=1", ranks=3), train("--dtype=float64")
-    for ours, theirs in zip(read_metrics(out), read_metrics(alone), strict=True):
-        for name in theirs.keys() - {"tokens_per_second", "mfu", "seconds", "ended"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-11, abs=1e-12), name
 
 
 def test_recomputed_activations_change_nothing(train):
