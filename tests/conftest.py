@@ -122,8 +122,7 @@ def draw(dataset, weights, batch_size, n, seed=0, state=None, **ranks):
 
 
 def run_here(script, *flags, status=0, cwd="."):
-    """Run a script in this process, as `python script flags` would.  Return its stdout and stderr; its exit status must
-    be `status`."""
+    """Run a script, which must exit with `status`, in this process.  Return its stdout and stderr."""
     found, threads = 0, torch.get_num_threads()
     handlers = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in SIGNALS}
     torch.set_num_threads(1)
@@ -154,10 +153,8 @@ def contents(folder):
 
 
 def refused(folder, mentions, script, *flags, cwd=".", begun=False):
-    """A script says why it stops: status 2, one line with all mentions, nothing new, changed or half-written in folder.
-
-    begun: it had begun to train, so it may leave a run's files, and a progress bar before the line; return their names.
-    """
+    """A script stops with status 2 and one line with all mentions; nothing in folder is new, changed or half-written.
+    begun: it may leave a run's files and a progress bar before the line; return the files' names."""
     before = contents(folder)
     *bars, line = run_here(script, *flags, status=2, cwd=cwd).stderr.splitlines()
     assert f"{script}: error: " in line and (begun or not bars), (bars, line)
@@ -181,10 +178,9 @@ def finished_run(path, config, step, parameters=None, **state):
     config = {"format": FORMAT, **config, "model": shape | config["model"]}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    checkpoint = {"format": FORMAT, "stage": config["stage"], "identity": identity(config), "step": step,
-                  "seconds": 1.0, "model": parameters or {}, "optimizer": {}, "sampler": {"step": step, "drawn": []},
-                  **state}
-    torch.save(checkpoint, path / "ckpt.pt")
+    torch.save({"format": FORMAT, "stage": config["stage"], "identity": identity(config), "step": step, "seconds": 1.0,
+                "model": parameters or {}, "optimizer": {}, "sampler": {"step": step, "drawn": []}, **state},
+               path / "ckpt.pt")
     return path
 
 
@@ -239,8 +235,7 @@ def read_set(folder):
             ids = np.fromfile(path, "<u2" if meta["dtype"] == "uint16" else "<u4")
             assert ids[0] == eot and ids.max() < meta["vocab_size"] and entry[f"{side}_tokens"] == len(ids)
             found = [decode(part[1:].tolist()) for part in np.split(ids, np.flatnonzero(ids == eot)[1:])]
-            assert entry[f"{side}_documents"] == len(found)
-            assert entry[f"{side}_bytes"] == sum(map(len, found))
+            assert entry[f"{side}_documents"] == len(found) and entry[f"{side}_bytes"] == sum(map(len, found))
             texts[domain][side] = [text.decode() for text in found]
     return meta, texts
 

@@ -1,7 +1,4 @@
-"""Run the scripts in processes forked from one that has torch already: a run costs its steps, not its imports.
-
-The ranks are real processes that meet over gloo, as under torchrun.
-"""
+"""Run the scripts as real processes that meet over gloo, forked from one that has torch already."""
 
 import io
 import multiprocessing
@@ -73,8 +70,7 @@ def wait_for_metrics(out):
 
 
 def run_forked(script, *flags, status=0, timeout=120, **options):
-    """Run a script to its end, or to that of the first rank that fails, which must be `status` (-9: killed).  options:
-    ranks, nodes, and those of `work`."""
+    """Run a script to its end, or that of the first rank that fails, with `status` (-9: killed).  options: of Job."""
     job, end = Job(script, *flags, **options), time.monotonic() + timeout
     while (left := [p for p in job.processes if p.exitcode is None]) and time.monotonic() < end:
         if any(p.exitcode and (p.exitcode != status or status < 0) for p in job.processes):
@@ -87,11 +83,8 @@ def run_forked(script, *flags, status=0, timeout=120, **options):
 
 
 def work(script, flags, rank, ranks, local_ranks, port, log, kill=None, record=None, cards=None, may_wait=True):
-    """Be one rank of a script.
-
-    kill: (point, n), of rank 0, see `arm`;  record: a path, to which rank r saves PATH.r, see `note`;  cards: settings
-    of pretend.Cards, without which there are none but real ones;  may_wait: else see `forbid_waits`.
-    """
+    """Be one rank of a script.  kill: (point, n), of rank 0, see `arm`;  record: a path, to which rank r saves PATH.r,
+    see `note`;  cards: settings of pretend.Cards, if any are pretended;  may_wait: else see `forbid_waits`."""
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -166,8 +159,8 @@ def note(path):
     def noted_gradients(model, *args):
         notes["gradients"].append({name: getattr(p.grad, "full_tensor", p.grad.clone)()
                                    for name, p in model.named_parameters()})
-        notes["held"] = sum(t.numel() * t.element_size() for p in model.parameters()
-                            for t in [getattr(p, "to_local", p.detach)()])
+        parts = [getattr(p, "to_local", p.detach)() for p in model.parameters()]
+        notes["held"] = sum(part.numel() * part.element_size() for part in parts)
         return clip(model, *args)
 
     def noted_close(*args):
@@ -178,8 +171,8 @@ def note(path):
 
 
 def forbid_waits():
-    """Make CUDA raise where a step waits for the card, unless a line, evaluation or checkpoint is due, and from the
-    second line on: until then memory is found and code is compiled."""
+    """Make CUDA raise where a step waits for the card between two lines, evaluations or checkpoints, from the second
+    line on: until then memory is found and code is compiled."""
     from common import ranks
     from common.run import Run
 

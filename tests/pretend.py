@@ -2,12 +2,10 @@
 
     python tests/pretend.py SCRIPT FLAG...      or: -m MODULE FLAG...
 
-A tensor on a card is a wrapper around a CPU tensor that says it is there. Its values are real, so results are those of
-a CPU. What a card would refuse is refused: tensors of two devices in one operation, .numpy(), a card's tensor in a
-file, an index past the cards, float64 on MPS, a CPU tensor in a collective of NCCL, and a wait for the card while
-torch.cuda.set_sync_debug_mode("error") holds. Several ranks meet over gloo and call it NCCL.
-
-This says nothing of kernels, compiled code (torch.compile returns what it is given), NCCL itself, memory, or time.
+A tensor on a card is a wrapper around a CPU tensor that says it is there, so values are those of a CPU. What a card
+would refuse is refused: tensors of two devices in one operation, .numpy(), a card's tensor in a file, an index past the
+cards, float64 on MPS, a CPU tensor in a collective of NCCL (which is gloo), and a wait for the card while
+torch.cuda.set_sync_debug_mode("error") holds. Nothing is said of kernels, compiled code, NCCL itself, memory, or time.
 """
 
 import contextlib
@@ -51,8 +49,7 @@ def on_card(device=None):
 
 
 def dispatch(func, types, args=(), kwargs=None):
-    """Run an operation on what the cards' tensors hold.  Its results are on the card if its arguments are, or if it
-    is asked to put them there."""
+    """Run an operation on what the cards' tensors hold.  Its results are there if its arguments or `device` are."""
     if any(issubclass(t, (DTensor, AsyncCollectiveTensor)) for t in types):
         return NotImplemented  # these take themselves apart; their parts come back here
     kwargs, cards, others = kwargs or {}, [], []
@@ -115,9 +112,7 @@ class OnCard(torch.Tensor):
         return dispatch(*call)
 
 
-class Everywhere(TorchDispatchMode):
-    """Sees what makes a tensor on the card, too, and what mixes it with others."""
-
+class Everywhere(TorchDispatchMode):  # it sees what makes a tensor on the card, too
     def __torch_dispatch__(self, *call):
         return dispatch(*call)
 
@@ -145,7 +140,6 @@ def put_on(value, cards):
 
 
 def check_places(func, name, cards, others, target):
-    """Raise what a card would."""
     if on_card(target) and (target.index or 0) >= CARDS.count:
         raise RuntimeError("CUDA error: invalid device ordinal")
     if STATE["nccl"] and func._schema.name.startswith("c10d::") and others:
@@ -155,7 +149,6 @@ def check_places(func, name, cards, others, target):
 
 
 def waits(name, cards, others, target, args, kwargs):
-    """Whether the host waits for the card in an operation."""
     if name == "_to_copy":
         return target is not None and bool(cards) != on_card(target) and not kwargs.get("non_blocking")
     if name == "copy_":
@@ -166,29 +159,18 @@ def waits(name, cards, others, target, args, kwargs):
 
 
 def wait(what):
-    """The host waits for the card here."""
     if STATE["sync_debug_mode"] == "error":
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
 
 
-# ---- what PyTorch says of cards ----
-
-
-class Stream:
+class Stream(contextlib.nullcontext):
     """All work is done when it is asked for, so no stream has to wait for another."""
 
     def __init__(self, *_, **__):
+        super().__init__(self)
         self.device = current()
         self.wait_stream = self.wait_event = lambda *_: None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def record_event(self, event=None):
-        return event or Event()
+        self.record_event = lambda event=None: event or Event()
 
 
 class Event:
@@ -218,14 +200,12 @@ def install(**settings):
 
 
 def pretend_tensors():
-    """Replace what C++ would do on a card without asking anybody."""
     _device._device_constructors()  # a cached list, which must know the real torch.empty
     empty, tensor, torch_function = torch.empty, torch.tensor, _device.DeviceContext.__torch_function__
 
     def tensor_there(data, *args, device=None, **kwargs):
-        if on_card(device):
-            return tensor(data, *args, **kwargs).to(device)
-        return tensor(data, *args, device=device, **kwargs)
+        made = tensor(data, *args, **kwargs)
+        return made if device is None else made.to(device)
 
     def noted(self, *args):
         """Tell torch.device("meta") from C++, which takes a card's tensor for one on the meta device."""
@@ -246,8 +226,7 @@ def pretend_mps():
     to = torch.Tensor.to
     torch.backends.mps.is_available = lambda: True
 
-    def to_mps(self, *args, **kwargs):
-        """C++ refuses mps before it asks anybody."""
+    def to_mps(self, *args, **kwargs):  # C++ refuses mps before it asks anybody
         words = [*args, *kwargs.values()]
         if not any(map(on_card, words)):
             return to(self, *args, **kwargs)
@@ -278,7 +257,6 @@ def pretend_cuda():
     cuda.set_device = set_device
     cuda.get_device_name = lambda *_: CARDS.name
     cuda.get_device_properties = lambda *_: Properties
-    cuda.get_device_capability = lambda *_: (Properties.major, Properties.minor)
     cuda.get_arch_list = lambda: ["sm_75", "sm_80", "sm_90"]
     cuda.synchronize = lambda *_: wait("cuda.synchronize")
     cuda.set_sync_debug_mode = lambda mode: STATE.update(sync_debug_mode=mode)

@@ -47,8 +47,7 @@ def backwards(path):
 
 
 @pytest.mark.parametrize("file, spoil", [
-    ("rich/train.bin", Path.unlink), ("rich/train.bin", shortened), ("rich/val.bin", shortened),
-    ("rich/train.bin", backwards), ("rich/val.bin", backwards),
+    ("rich/train.bin", Path.unlink), ("rich/train.bin", shortened), ("rich/val.bin", backwards),
     ("rich/train.bin", lambda path: path.write_bytes(path.read_bytes() + b"xx")),
     ("meta.json", Path.unlink), ("meta.json", shortened),
     ("meta.json", lambda path: edit(path, lambda meta: meta.update(format=2)))])
@@ -76,12 +75,12 @@ EVEN = {"counting": 1, "simple": 1, "rich": 1, "small": 1}
 
 
 @pytest.mark.parametrize("spec, mentions", [
-    ("0.5,0.5,-0.1,0.1", ["'rich'", "-0.1"]), ("nan,1,1,1", ["'counting'", "nan"]), ("1,inf,1,1", ["'simple'", "inf"]),
-    ("0,0,0,0", ["sum to 0"]), ("1e308,1e308,0,0", ["counting"]), ("0.5,0.5", ["2 weights", "4 domains"]),
-    ("1,1,1,some", ["some"]), ("unifrom", []), ("temperature:nan", []), ("unimax:0", []), ("uniform+unimax:nan", []),
-    ("uniform+", []), ("uniform+1,1", ["2 weights"]), ("nowhere.json", []), ({**EVEN, "arxiv": 1}, ["arxiv"]),
-    ({"counting": 1, "simple": 1}, ["rich", "small"]), ({"domain_weights": {**EVEN, "rich": -1}}, ["rich", "-1"]),
-    *(({**EVEN, "rich": weight}, ["rich"]) for weight in (math.nan, 10**400, "1")), ([0.25] * 4, [])])
+    ("0.5,0.5,-0.1,0.1", ["'rich'", "-0.1"]), ("nan,1,1,1", ["'counting'", "nan"]), ("1e308,1e308,0,0", ["counting"]),
+    ("0,0,0,0", ["sum to 0"]), ("0.5,0.5", ["2 weights", "4 domains"]), ("1,1,1,some", ["some"]), ("unifrom", []),
+    ("temperature:nan", []), ("uniform+unimax:0", []), ("uniform+", []), ("uniform+1,1", ["2 weights"]),
+    ("nowhere.json", []), ({**EVEN, "arxiv": 1}, ["arxiv"]), ({"counting": 1, "simple": 1}, ["rich", "small"]),
+    ({"domain_weights": {**EVEN, "rich": -1}}, ["rich", "-1"]), ([0.25] * 4, []),
+    *(({**EVEN, "rich": weight}, ["rich"]) for weight in (math.nan, 10**400, "1"))])
 def test_weights(tmp_path, data_dir, spec, mentions):
     """On the command line, or in a file."""
     if not isinstance(spec, str):
@@ -94,10 +93,9 @@ def test_weights(tmp_path, data_dir, spec, mentions):
 @pytest.mark.parametrize("flag, ranks", [
     *((flag, 1) for flag in (
         "--batch_size=0", "--max_steps=ten", "--micro_batch_size=5", "--warmup_steps=13", "--min_lr=1", "--beta1=1",
-        "--learning_rate=0", "--learning_rate=nan", "--weight_decay=-1", "--seed=-1", "--n_head=5", "--n_kv_head=3",
-        "--n_layer=0", "--device=abacus", "--dtype=float16", "--lr_schedule=linear", "--max_step=3", "@nowhere.txt",
-        "stray", "--wandb=online", f"--seed={2**63}")),
-    ("--batch_size=12", 5), ("--batch_size=12", 24), ("--micro_batch_size=3", 3)])
+        "--learning_rate=nan", "--weight_decay=-1", "--n_head=5", "--n_kv_head=3", "--device=abacus", "--dtype=float16",
+        "--max_step=3", "@nowhere.txt", "stray", "--wandb=online", f"--seed={2**63}")),
+    ("--batch_size=12", 5), ("--micro_batch_size=3", 3)])
 def test_flags(tmp_path, data_dir, monkeypatch, flag, ranks):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", "/nowhere")  # nor a key there
@@ -106,8 +104,7 @@ def test_flags(tmp_path, data_dir, monkeypatch, flag, ranks):
     reference_refused(tmp_path, data_dir, flag, mentions=[flag.split("=")[0].lstrip("-@")])
 
 
-@pytest.mark.parametrize("flag", ["--smoothing=1.5", "--smoothing=nan", "--step_size=-1", "--n_layer=2",
-                                  "--sampling_weights=1,1,0,1"])
+@pytest.mark.parametrize("flag", ["--smoothing=1.5", "--step_size=-1", "--n_layer=2", "--sampling_weights=1,1,0,1"])
 def test_flags_of_the_proxy(tmp_path, world, flag):
     proxy_refused(tmp_path, world.reference, flag, mentions=[flag.split("=")[0]])
 
@@ -129,18 +126,15 @@ def test_reference_that_is_broken_or_of_other_data(tmp_path, data, world, spoil,
     proxy_refused(tmp_path, reference, f"--data_dir={data}", mentions=mentions)
 
 
-def test_run_is_not_overwritten(tmp_path, data_dir, world):
+def test_run_is_not_overwritten_or_resumed_with_other_flags(tmp_path, data_dir, world):
     shutil.copytree(world.reference, tmp_path / "out")
     reference_refused(tmp_path, data_dir, "--seed=2", mentions=[f"{tmp_path}/out", "--resume"])
+    for flag in ("--seed=2", "--max_steps=24", "--n_layer=2", "--sampling_weights=uniform", "--dtype=float64"):
+        reference_refused(tmp_path, data_dir, "--resume", flag, mentions=["ckpt.pt", flag[2:].split("=")[0]])
+    torch.save({"stage": print}, tmp_path / "out/ckpt.pt")  # code, which weights_only does not run
+    reference_refused(tmp_path, data_dir, "--resume", mentions=[f"{tmp_path}/out/ckpt.pt"])
     (tmp_path / "file").write_text("precious")
     reference_refused(tmp_path, data_dir, f"--out_dir={tmp_path}/file", mentions=[f"{tmp_path}/file"])
-
-
-@pytest.mark.parametrize("flag", ["--seed=2", "--batch_size=24", "--max_steps=24", "--learning_rate=0.1", "--n_layer=2",
-                                  "--sampling_weights=uniform", "--dtype=float64", "--block_size=8"])
-def test_resumption_with_other_flags(tmp_path, data_dir, world, flag):
-    shutil.copytree(world.reference, tmp_path / "out")
-    reference_refused(tmp_path, data_dir, "--resume", flag, mentions=["ckpt.pt", flag[2:].split("=")[0]])
 
 
 def test_resumption_with_other_data_or_reference(tmp_path, data_dir, data, world):
@@ -157,13 +151,6 @@ def test_resumption_with_other_data_or_reference(tmp_path, data_dir, data, world
     reference = shutil.copytree(world.reference, tmp_path / "reference")
     edit_checkpoint(reference, lambda checkpoint: checkpoint["model"]["norm.weight"].add_(0.5))
     proxy_refused(tmp_path, reference, "--resume", mentions=["ckpt.pt", "fingerprint"])
-
-
-@pytest.mark.parametrize("spoil", [shortened, lambda path: torch.save({"stage": print}, path)])
-def test_corrupt_checkpoint(tmp_path, data_dir, world, spoil):
-    """Or one that holds code, which weights_only does not run."""
-    spoil(shutil.copytree(world.reference, tmp_path / "out") / "ckpt.pt")
-    reference_refused(tmp_path, data_dir, "--resume", mentions=[f"{tmp_path}/out/ckpt.pt"])
 
 
 @pytest.mark.parametrize("rate, what, log_interval, step", [("1e30", "gradient", 1, 2), ("1e300", "loss", 12, 4)])
@@ -196,7 +183,6 @@ def test_one_directory_one_run(tmp_path, world):
     flags = [*TRAINING, f"--reference={world.reference}", f"--out_dir={out}"]
     job = Job("train_doremi.py", *flags, "--max_steps=100000", "--log_interval=1")
     wait_for_metrics(out)
-    said = run_here("train_doremi.py", *flags, "--seed=77", "--resume", status=2).stderr
-    assert "another process is training there" in said and said.count("\n") == 1
+    refused(tmp_path / "nothing", ["another process is training there"], "train_doremi.py", *flags, "--resume")
     job.kill()
     hold(out / ".lock").close()

@@ -42,30 +42,19 @@ def train(tmp_path_factory, flags):
 def assert_close(ours, theirs):
     """Losses in nats, alpha, and first gradients over the largest of each: eager, compiled, one rank or two, pairs of
     them differ by 1.2e-3, 3e-4 and 0.02 at most."""
-    lines = [[line[name] for line in read_metrics(out) for name in ("loss", "val_loss_mean") if name in line]
-             for out, _ in (ours, theirs)]
-    found = {"loss": distance(*lines),
-             "gradient": max(distance(ours[1][name], g) / float(g.abs().max()) for name, g in theirs[1].items())}
+    losses, others = ([line["loss"] for line in read_metrics(out) if "loss" in line] for out, _ in (ours, theirs))
+    assert distance(losses, others) < 3e-3
+    assert max(distance(ours[1][name], g) / float(g.abs().max()) for name, g in theirs[1].items()) < 0.03
     if list(ours[0].glob("doremi_domain_weights_*.pt")):
-        found["alpha"] = distance(read_alpha(ours[0]), read_alpha(theirs[0]))
-    print(f"\n{found}")
-    assert found["loss"] < 3e-3 and found["gradient"] < 0.03 and found.get("alpha", 0) < 1e-3
+        assert distance(read_alpha(ours[0]), read_alpha(theirs[0])) < 1e-3
 
 
-def test_two_compiled_ranks_are_two_eager_ranks(train):
+@pytest.mark.parametrize("script, more, ranks", [
+    ("train_reference.py", [], 2),
+    pytest.param("train_doremi.py", ["--micro_batch_size=3", "--activation_checkpointing"], 1, marks=pytest.mark.slow)])
+def test_two_compiled_ranks_are_eager_ranks(train, script, more, ranks):
     """Compiled code rounds fewer intermediate values to bfloat16, nothing else."""
-    compiled, eager = (train("train_reference.py", flag, ranks=2) for flag in ("--compile", "--no-compile"))
-    assert_close(compiled, eager)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("script, more", [
-    ("train_reference.py", ()), ("train_doremi.py", ("--micro_batch_size=3", "--activation_checkpointing"))])
-def test_two_compiled_ranks_are_one(train, script, more):
-    """Within the bound that holds between compiled and eager."""
-    one, two = (train(script, "--compile", *more, ranks=ranks) for ranks in (1, 2))
-    assert_close(two, one)
-    assert_close(one, train(script, "--no-compile", *more, ranks=1))
+    assert_close(train(script, "--compile", *more, ranks=2), train(script, "--no-compile", *more, ranks=ranks))
 
 
 @pytest.mark.slow

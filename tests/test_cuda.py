@@ -56,8 +56,7 @@ def test_run_is_the_oracles(world, launch, dtype, micro_batch_size, bound):
     directory = world(dtype)
     found = run_proxy(directory, "skewed", 1, micro_batch_size, launch=launch)
     expected = run_oracle(directory, "skewed", dtype)
-    deviation = {name: distance(found[name], expected[name]) for name in ("alpha", "alpha_bar", "excess", "loss")}
-    print(f"\n{dtype}, {micro_batch_size} at a time: {deviation}")
+    deviation = {name: distance(found[name], expected[name]) for name in ("alpha", "alpha_bar", "excess")}
     assert max(deviation["alpha"], deviation["alpha_bar"], 0.1 * deviation["excess"]) < bound
     assert np.abs(found["alpha"][-1] - found["alpha"][0]).max() > 0.02
 
@@ -85,9 +84,7 @@ def test_killed_and_resumed(world, launch, tmp_path, kill):
     launch("train_doremi.py", *flags, f"--out_dir={tmp_path}/whole")
     launch("train_doremi.py", *flags, f"--out_dir={tmp_path}/killed", kill=kill, status=-9)
     launch("train_doremi.py", *flags, f"--out_dir={tmp_path}/killed", "--resume")
-    whole, killed = read_alpha(tmp_path / "whole"), read_alpha(tmp_path / "killed")
-    print(f"\n{kill}: {distance(whole, killed)}, to the bit: {np.array_equal(whole, killed)}")
-    assert distance(whole, killed) < 1e-12
+    assert distance(read_alpha(tmp_path / "whole"), read_alpha(tmp_path / "killed")) < 1e-12
 
 
 @pytest.mark.parametrize("compiled, micro_batch_size", [("--compile", 24), ("--no-compile", 12)])

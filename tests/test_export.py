@@ -69,15 +69,12 @@ def test_losses_are_the_runs_own(place):
         assert (losses - ours(tokens)).abs().max() < 1e-4
 
 
-def test_ids_are_the_data_sets(place):
+def test_ids_are_the_data_sets(place, tmp_path):
+    """Of a trained tokenizer, of bytes, and of a tokenizer.json whose end-of-text token has a name of its own."""
     every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]  # between spaces, letters or digits
     characters = [" x1"[i // 100 % 3].join(every[i : i + 100]) for i in range(0, len(every), 100)]
     texts = [*strings(3000), *characters, *(prose(30, number) for number in range(60))]
     check_ids(place, place / "data/tokenizer.tiktoken", "<|endoftext|>", texts)
-
-
-def test_ids_of_bytes_and_of_a_tokenizer_json(place, tmp_path):
-    """The end-of-text token of the second has a name of its own."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()

@@ -1,13 +1,10 @@
 """tools/mixture.py: weights and epochs, an answer on another reference, other trainers' words, and what is refused."""
 
-import functools
 import json
 
 import pytest
 import yaml
 from conftest import printed, refused, run_here, write_dataset
-
-mixture = functools.partial(printed, "tools/mixture.py")
 
 
 def toy_data(path, tokens):
@@ -33,7 +30,7 @@ def moved(tmp_path, *args):
 
 def test_weights_tokens_and_epochs_side_by_side(tmp_path):
     data = toy_data(tmp_path / "data", {"books": 100, "code": 400})
-    _, rows = mixture(data, "temperature:0.5", "token_count", "1,1", "--tokens=900")
+    _, rows = printed("tools/mixture.py", data, "temperature:0.5", "token_count", "1,1", "--tokens=900")
     # 1/3, 1/5 and 1/2 of 900 are 300, 180 and 450 tokens
     assert rows["books"] == ["100", "0.3333", "300", "3.0", "0.2000", "180", "1.8", "0.5000", "450", "4.5!"]
     assert rows["code"] == ["400", "0.6667", "600", "1.5", "0.8000", "720", "1.8", "0.5000", "450", "1.1"]
@@ -45,8 +42,6 @@ def test_an_answer_is_moved_onto_another_reference(tmp_path):
     weights, provenance, said = moved(tmp_path, data, path, "--onto=uniform")
     assert weights == pytest.approx({"web": 2.5 / 3.9, "books": 0.4 / 3.9, "code": 1 / 3.9}) and said == ""
     assert provenance["reference_weights"] == pytest.approx(dict.fromkeys(ANSWER, 1 / 3))  # it can be moved again
-    weights, *_ = moved(tmp_path, data, path, "--onto=token_count")  # 90 * 2.5, 30 * 0.4, 60 * 1
-    assert weights == pytest.approx({"web": 225 / 297, "books": 12 / 297, "code": 60 / 297})
     assert moved(tmp_path, data, path, "--onto=0.2,0.5,0.3")[0] == pytest.approx(ANSWER)  # the old reference
 
 

@@ -13,9 +13,8 @@ def runs():
 
 
 def test_an_answer_moves_onto_another_reference():
-    tilt = np.log([2.0, 1.0, 0.5])
+    tilt = np.log([2.0, 1.0, 0.5]) + 3  # a constant does not count
     assert published.moved(np.array([0.5, 0.3, 0.2]), tilt) == pytest.approx(np.array([1.0, 0.3, 0.1]) / 1.4)
-    assert published.moved(np.array([0.5, 0.3, 0.2]), tilt + 3) == pytest.approx(np.array([1.0, 0.3, 0.1]) / 1.4)
 
 
 def test_the_other_runs_foretell_the_official_answer(runs):
@@ -24,9 +23,6 @@ def test_the_other_runs_foretell_the_official_answer(runs):
     foretold = published.moved(official.r, published.others_tilt(official, five))
     assert total_variation(foretold, official.answer) == pytest.approx(0.090, abs=5e-4)
     assert total_variation(official.r, official.answer) == pytest.approx(0.165, abs=5e-4)
-
-
-def test_the_answer_from_a_uniform_reference_moves_onto_nanotrons(runs):
     found = published.distances(runs["branch 280M"], runs["nanotron 280M"])
     assert found == pytest.approx([0.120, 0.257, 0.478], abs=5e-4)
 
@@ -35,12 +31,10 @@ def test_other_people_are_other_people(runs):
     """The paper's 1B run is foretold without the official repository's, which its authors made."""
     paper, official, nanotron = runs["paper 1B"], runs["official 120M"], runs["nanotron 280M"]
     assert published.others_tilt(paper, [paper, official, nanotron], strangers=True) == pytest.approx(nanotron.tilt)
-    assert published.others_tilt(paper, [paper, official, nanotron]) == pytest.approx(
-        (official.tilt + nanotron.tilt) / 2)
+    both = (official.tilt + nanotron.tilt) / 2
+    assert published.others_tilt(paper, [paper, official, nanotron]) == pytest.approx(both)
 
 
 def test_a_line_that_is_taken_off_leaves_nothing_of_it():
-    x, y = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 0.0, 3.0, 5.0])
-    left = published.without(x, y)
-    assert left @ x == pytest.approx(0) and left.sum() == pytest.approx(0)
-    assert published.without(x, 2 * x + 1) == pytest.approx(np.zeros(4), abs=1e-12)
+    x, rest = np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, -1.0, -1.0, 1.0])  # which has neither slope nor mean
+    assert published.without(x, 2 * x + 1 + rest) == pytest.approx(rest)

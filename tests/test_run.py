@@ -11,7 +11,7 @@ from conftest import read_metrics, run_here
 
 from common.run import NOT_COMPARED, Run, identity, read_config
 
-WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two world of the same
+WORK = {"tokens_per_second", "mfu", "seconds"}  # what differs between two runs of the same
 DOMAINS = ["counting", "simple", "rich", "small"]
 
 
@@ -63,11 +63,7 @@ def test_identity_is_what_makes_a_run_this_experiment(world):
         assert (identity(changed) == found) == (name in NOT_COMPARED), name
     assert identity({**config, "versions": {}, "device": "cuda", "world_size": 8, "wandb_id": "other"}) == found
     for domain in ("reference", "data", "out_dir", "device"):
-        for name, section in (("sampling_weights", config), ("train_tokens", config["data"])):
-            before = section[name]
-            section[name] = {**before, domain: 5}
-            assert identity(config) != found, (domain, name)
-            section[name] = before
+        assert identity({**config, "sampling_weights": {**config["sampling_weights"], domain: 5}}) != found, domain
 
 
 def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(world, tmp_path, monkeypatch):
@@ -85,9 +81,8 @@ def test_wandb_has_the_metrics_of_a_stopped_and_resumed_run(world, tmp_path, mon
     assert len(files) == 2 and len({file.name for file in files}) == 1
     words = ["train/loss", "train/lr", "alpha/rich", "excess/rich", "val_loss/rich", "val/loss_worst"]
     for line in read_metrics(out):
-        for value in (line.get("loss"), *line.get("alpha", {}).values(), *line.get("val_loss", {}).values()):
-            if value is not None:
-                words.append(json.dumps(value))
+        values = [*line.get("alpha", {}).values(), *line.get("val_loss", {}).values()]
+        words += [json.dumps(value) for value in values]
     end = time.monotonic() + 30  # wandb's own process may still write
     while missing := [word for word in words if word.encode() not in b"".join(file.read_bytes() for file in files)]:
         assert time.monotonic() < end, missing
