@@ -18,6 +18,9 @@ from unittest import mock
 WITH_CARD = dict(os.environ)  # for test_cuda.py, whose scripts are processes of their own
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests run on the CPU, whatever the machine has; before torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background, or under nohup, ignores them
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 import numpy as np
 import pytest
 import torch
