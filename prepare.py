@@ -429,7 +429,7 @@ class Bins:
                             f"--val_fraction={args.val_fraction}; give it more or shorter ones, or change the fraction")
         if self.limit < args.val_fraction:
             print(f"{domain}: --max_val_tokens={args.max_val_tokens} holds out {self.limit:.3g} of its "
-                           f"documents; train on most of the others with --val_fraction={self.limit:.3g}")
+                  f"documents; train on most of the others with --val_fraction={self.limit:.3g}")
         np.concatenate([ids for _, ids, _ in self.held_out]).tofile(self.folder / "val.bin")
         return {"train_tokens": self.train["tokens"], "val_tokens": self.val_tokens,
                 "train_documents": train, "val_documents": held_out,
@@ -492,7 +492,7 @@ def print_table(domains, out_dir):
         density = entry["val_bytes"] / entry["val_tokens"]
         print(f"{domain:{width}}{counts}  {entry['train_tokens'] / total:6.2%}  {density:11.2f}")
     print(f"next: python train_reference.py --data_dir={shlex.quote(str(out_dir))} "
-                   "--out_dir=checkpoints/reference")
+          "--out_dir=checkpoints/reference")
 
 
 def main():
