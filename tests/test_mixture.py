@@ -79,9 +79,12 @@ def test_other_trainers_words(tmp_path):
 @pytest.mark.parametrize("mentions, args", [
     (["unimax", "--tokens"], ["unimax:4"]), (["one mixture"], ["uniform", "token_count", "--as=megatron"]),
     (["exists"], ["uniform", "--out=weights.json"]), (["plain.json"], ["plain.json", "--onto=uniform"]),
+    (["zero.json"], ["zero.json", "--onto=uniform"]), (["odd.json"], ["odd.json", "--onto=uniform"]),
     (["weights"], ["0.5,0.5"])])
 def test_what_is_refused(tmp_path, mentions, args):
     toy_data(tmp_path / "data", {"books": 100, "code": 100, "web": 100})
     answer_file(tmp_path / "weights.json", ANSWER, REFERENCE)
     (tmp_path / "plain.json").write_text(json.dumps(ANSWER))
+    answer_file(tmp_path / "zero.json", ANSWER, dict.fromkeys(ANSWER, 0))
+    (tmp_path / "odd.json").write_text(json.dumps({"domain_weights": ANSWER, "provenance": "by hand"}))
     refused(tmp_path, mentions, "tools/mixture.py", "data", *args, cwd=tmp_path)

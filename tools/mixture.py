@@ -61,12 +61,14 @@ def move_file(path, dataset, new):
     """Return the answer in a weights.json, moved onto new reference weights (K,), and notes on what was left out."""
     remedy = "expected a weights.json of average_weights.py, which holds the answer and its reference's weights"
     content = read_json(path, remedy)
-    provenance = content.get("provenance", {})
-    answer, old = content.get("domain_weights", {}), provenance.get("reference_weights", {})
-    if not old or old.keys() != answer.keys():
+    answer, provenance = content.get("domain_weights"), content.get("provenance")
+    if not isinstance(provenance, dict):
         raise UserError(f"{path}: {remedy}")
+    old = provenance.get("reference_weights")
     check_weights(path, answer)
     check_weights(path, old)
+    if old.keys() != answer.keys() or not sum(old.values()) > 0:
+        raise UserError(f"{path}: {remedy}")
     result = moved(np.array([answer.get(name, 0.0) for name in dataset.domains]),
                    np.array([old.get(name, np.nan) for name in dataset.domains]) / sum(old.values()), new)
     kept = [name for name in dataset.domains if not old.get(name)]
