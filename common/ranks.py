@@ -85,11 +85,10 @@ class Machine:
             raise UserError(found[1])
         return found[0]
 
-    def leave(self):
-        """Part from the other ranks once all of them are here, and rank 0 has written what it has to write."""
+    def wait_for_all(self):
+        """Wait until all ranks are here: torchrun kills those that are left behind by one that ends with a status."""
         if self.world_size > 1:
             dist.barrier()
-            dist.destroy_process_group()
 
     def micro_batches(self, batch):
         """Return [(tokens (b, T + 1) int64, domain (b,))] on the device, the whole of this rank's batch."""
@@ -233,7 +232,8 @@ def meet(device, timeout):
 def run(main):
     """cli.run for a script that may be one rank of several, on a card that may be too small.
 
-    A rank that fails ends at once: leaving the group in order takes all ranks, and it would wait for them.
+    A rank ends at once, without Python's clearing up: one that failed would wait for the others, and the threads that
+    talk to them may abort a process that has finished.
     """
     def explained():
         try:
@@ -242,6 +242,7 @@ def run(main):
             raise UserError(f"the card's memory is full ({str(error).split('. ')[0]}); lower --micro_batch_size, add "
                             "--activation_checkpointing, or use more cards") from None
 
+    status = 0
     try:
         cli.run(explained)
     except BaseException as error:
@@ -252,6 +253,7 @@ def run(main):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
+    if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -302,7 +302,7 @@ class Run:
             loss = f", loss {self.loss:.4f}" if self.loss == self.loss else ""
             print(f"{self.out_dir}: {ended} after step {step:,} of {self.args.max_steps:,}, {seconds:.0f} s{loss}; "
                   f"next: {continuing(self.stage, self.out_dir) if stopped else following}", flush=True)
-        self.machine.leave()
+        self.machine.wait_for_all()
         if self.lock:
             self.lock.close()
         if stopped:

@@ -121,7 +121,7 @@ def test_timeout_holds_in_every_group_of_two_nodes():
         mesh = ranks.device_mesh(machine)
         waits = [mesh.get_group(name)._get_backend(machine.device).options._timeout.total_seconds()
                  for name in mesh.mesh_dim_names]
-        machine.leave()
+        machine.wait_for_all()
         assert mesh.shape == (2, 2) and waits == [77, 77]
 
     workers = [multiprocessing.get_context("fork").Process(target=check, args=(rank,)) for rank in range(4)]
