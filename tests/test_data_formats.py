@@ -171,24 +171,11 @@ def bare(folder, file, ids=STREAM["a"], dtype="<u2", head=b""):
     (folder / file).write_bytes(head + ids.astype(dtype).tobytes())
 
 
-def rows(folder, file, parts, dtype="int32", masks=None):
-    (folder / file).parent.mkdir(exist_ok=True)
-    columns = {"input_ids": pa.array([list(part) for part in parts], pa.list_(getattr(pa, dtype)()))}
-    if masks:
-        columns["attention_mask"] = pa.array([mask.astype(int).tolist() for mask in masks])
-    pq.write_table(pa.table(columns), folder / file)
-
-
 def nanogpt_pair(folder, name):
     """Like fineweb's, and with test data, which is left out."""
     bare(folder, f"{name}/{name}_train_000001.bin", STREAM[name][: VAL[name]])
     bare(folder, f"{name}/{name}_val_000000.bin", STREAM[name][VAL[name] :])
     bare(folder, f"{name}/test.bin", STREAM[name])
-
-
-def packed_rows(folder, name):
-    for shard, ids in enumerate((STREAM[name][:3200], STREAM[name][3200:])):
-        rows(folder, f"{name}/{shard}.parquet", [ids[start : start + 64] for start in range(0, len(ids), 64)])
 
 
 FORMATS = {
@@ -198,8 +185,8 @@ FORMATS = {
     **{f"bare {dtype}": lambda folder, name, dtype=dtype: bare(folder, f"{name}.bin", STREAM[name], dtype)
        for dtype in ("<u2", "<i4", "<i8")},
     "two types": lambda folder, name: bare(folder, f"{name}.bin", STREAM[name], "<u4" if name == "a" else "<u2"),
-    "train and val": nanogpt_pair, "packed rows": packed_rows}  # fmt: skip
-COPIED = ("megatron int64", "bare <i8", "packed rows")
+    "train and val": nanogpt_pair}  # fmt: skip
+COPIED = ("megatron int64", "bare <i8")
 
 
 def link(tmp_path, write, flags=""):
@@ -213,16 +200,11 @@ DOCUMENTS = [np.random.default_rng(n).integers(0, 255, size=40 + n % 30) for n i
 LONE = [*DOCUMENTS[:7], np.insert(DOCUMENTS[7], 9, EOT), *DOCUMENTS[8:]]  # one has end of text inside
 ENDED = [np.append(ids, EOT) for ids in DOCUMENTS]
 PADDED = [np.append(ids, np.full(80 - len(ids), EOT)) for ids in DOCUMENTS]
-MASKS = [np.arange(80) <= len(ids) for ids in DOCUMENTS]  # of the document and the first of these
 
 
-@pytest.mark.parametrize("write", [
-    lambda folder: rows(folder, "a.parquet", ENDED), lambda folder: megatron(folder, "a", documents=ENDED),
-    lambda folder: rows(folder, "a.parquet", [np.append(EOT, ids) for ids in DOCUMENTS]),
-    lambda folder: rows(folder, "a.parquet", PADDED, masks=MASKS),
-    lambda folder: rows(folder, "a.parquet", [ids[::-1] for ids in PADDED], masks=[m[::-1] for m in MASKS])])
-def test_documents_are_marked(tmp_path, write):
-    entry = link(tmp_path, write).meta["domains"]["a"]
+@pytest.mark.parametrize("documents", [ENDED, [np.append(EOT, ids) for ids in DOCUMENTS]])
+def test_documents_are_marked(tmp_path, documents):
+    entry = link(tmp_path, lambda folder: megatron(folder, "a", documents=documents)).meta["domains"]["a"]
     train, val = (np.fromfile(tmp_path / f"data/raw/a/{side}.bin", "<u2")[: entry[f"{side}_tokens"]]
                   for side in ("train", "val"))
     ids = np.concatenate([train, val])
@@ -275,16 +257,13 @@ def test_a_linked_file_that_changed_is_noticed(tmp_path):
     (lambda folder: bare(folder, "a/test.bin"), ["raw/a"]),
     (lambda folder: (bare(folder, "train.bin"), bare(folder, "val.bin")), ["val.bin"]),
     (lambda folder: (bare(folder, "a/x.bin"), bare(folder, "a/x.npy")), ["x.npy", ".bin"]),
-    (lambda folder: rows(folder, "a.parquet", PADDED), ["attention_mask"]),
-    (lambda folder: bare(folder, "a.bin", np.concatenate(PADDED)), ["attention_mask"]),
-    (lambda folder: rows(folder, "a.parquet", DOCUMENTS), ["--append-eod"]),
-    (lambda folder: rows(folder, "a.parquet", LONE), ["--append-eod"]),
-    (lambda folder: rows(folder, "a.parquet", np.full((99, 64), 7)), ["is end of text"]),  # pieces of what?
+    (lambda folder: bare(folder, "a.bin", np.concatenate(PADDED)), ["padding"]),
+    (lambda folder: megatron(folder, "a", documents=DOCUMENTS), ["--append-eod"]),
+    (lambda folder: megatron(folder, "a", documents=LONE), ["--append-eod"]),
     (lambda folder: megatron(folder, "a", documents=DOCUMENTS[9:] + ENDED[:9]), ["--append-eod"]),
-    (lambda folder: rows(folder, "a.parquet", [*ENDED[:99], [-1, EOT]]), ["a.parquet", "-1"]),
-    (lambda folder: rows(folder, "a.parquet", [*ENDED[:99], [2**32 + 5, EOT]], "int64"), ["a.parquet", "4294967301"]),
-    (lambda folder: rows(folder, "a.parquet", ENDED[:9], "float32"), ["a.parquet", "float"]),
-    (lambda folder: (folder / "a.parquet").write_bytes(b"PAR1"), ["a.parquet"])])
+    (lambda folder: megatron(folder, "a", "<i4", 4, documents=[*ENDED[:99], np.full(6, -1)]), ["4294967295"]),
+    (lambda folder: megatron(folder, "a", "<i8", 5, documents=[*ENDED[:99], np.full(6, 2**32 + 5)]), ["4294967301"]),
+    (lambda folder: as_parquet(folder / "a.parquet", [{"text": "a"}]), ["a.parquet", "prepare.py"])])
 def test_bad_token_files(tmp_path, write, named):
     (tmp_path / "raw").mkdir()
     write(tmp_path / "raw")

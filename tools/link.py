@@ -4,13 +4,12 @@ reads   INPUT, a directory with one entry per domain:
             DOMAIN.bin and DOMAIN.idx    Megatron; "_text_document" is no part of the name
             DOMAIN.ds                    datatrove, with its .ds.index
             DOMAIN.bin                   bare ids, like nanoGPT's
-            DOMAIN.parquet               rows of input_ids; what their attention_mask leaves out is padding
             DOMAIN/                      one or several of these, of which those named val are held out, test left out
 writes  OUT_DIR/{meta.json, DOMAIN/train.bin, DOMAIN/val.bin}, and the tokenizer if it came from a file
 next    python train_reference.py --data_dir=OUT_DIR --out_dir=checkpoints/reference
 
 --tokenizer must be the one that made the ids, with end of text before or after each document. A domain of one file of
-uint16 or (u)int32 ids is linked; several files, rows and int64 are copied. An index tells the type of the ids; bare ids
+uint16 or (u)int32 ids is linked; several files and int64 are copied. An index tells the type of the ids; bare ids
 are of the widest type in which all of a domain's are tokens. Unless a file named val is, the last documents of a domain
 are held out: val.bin is a copy of them. A linked train.bin still has them at its end: in meta.json, train_tokens are
 for training, and train_file_bytes is the size that it must have. train_bytes, which would take decoding, is null.
@@ -30,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import cli
 from common.cli import UserError
 from common.files import folder_name, staged
-from common.tokenizer import load_tokenizer, optional, tokenizer_name
+from common.tokenizer import load_tokenizer, tokenizer_name
 from prepare import HELD_OUT, files_by_domain, print_table, walk, write_meta
 
-DATA = re.compile(r"((_text)?(_document|_sentence))?\.(bin|ds|parquet)$")
+DATA = re.compile(r"((_text)?(_document|_sentence))?\.(bin|ds)$")
 BESIDE = re.compile(r"\.idx$|\.ds\.(index|metadata|loss)$")  # files that tell of others
 VAL = re.compile(r"(?i)val|dev")  # of what HELD_OUT finds
 MAGIC = re.compile(rb"[\x80-\xff]?[A-Z]{3}[A-Z0-9]|PK\x03\x04|\x1f\x8b\x08|\x28\xb5\x2f\xfd|\xfd7zXZ|(.{8})?\{\"", re.S)
@@ -44,8 +43,8 @@ BLOCK = 1 << 22  # tokens read at once
 @dataclass
 class Source:
     path: Path
-    dtype: np.dtype | None = None  # of its ids; None: rows of Parquet, or not known yet
-    documents: int | None = None  # if an index tells, or rows of different lengths
+    dtype: np.dtype | None = None  # of its ids; None: not known yet
+    documents: int = 0  # if an index tells
 
     def ids(self):
         size = self.path.stat().st_size
@@ -64,10 +63,6 @@ def blocks_of(ids):
 
 def inspect(path, bare):
     """Find out a file's format.  bare: the type of ids of which nothing tells, if --dtype names it."""
-    if path.suffix == ".parquet":
-        lengths = np.concatenate([np.empty(0, np.int64), *(lengths for _, lengths in read_parquet(path))])
-        packed = (lengths[:-1] == lengths[:1]).all()  # the last may be shorter
-        return Source(path, documents=None if packed else len(lengths))
     if path.suffix == ".bin" and path.with_suffix(".idx").exists():
         return megatron(path, path.with_suffix(".idx"))
     if path.suffix == ".ds" and Path(f"{path}.index").exists() and path.stat().st_size:
@@ -100,33 +95,12 @@ def megatron(path, index):
 
 def settle(sources, vocab_size):
     """Give the bare files of a domain their type: the widest in which all their ids are below vocab_size."""
-    bare = [source for source in sources if source.dtype is None and source.path.suffix != ".parquet"]
+    bare = [source for source in sources if source.dtype is None]
     for dtype in ("<u8", "<u4", "<u2") if vocab_size <= 1 << 16 else ("<u8", "<u4"):
         for source in bare:
             source.dtype = np.dtype(dtype)
         if all(source.fits(vocab_size) for source in bare):
             return
-
-
-def read_parquet(path):
-    """Yield (ids (n,), lengths (m,)) of m rows of input_ids, without padding."""
-    compute = optional("pyarrow.compute", path)
-    try:
-        file = optional("pyarrow.parquet", path).ParquetFile(path)
-        columns = [name for name in ("input_ids", "attention_mask") if name in file.schema_arrow.names]
-        found = str(file.schema_arrow.field("input_ids").type) if "input_ids" in columns else "missing"
-        if not re.search(r"list<.*: u?int\d+( not null)?>", found):
-            raise UserError(f"{path}: column input_ids is {found}; expected lists of integers (text: prepare.py)")
-        for batch in file.iter_batches(1024, columns=columns):
-            rows = compute.drop_null(batch)
-            lengths = compute.list_value_length(rows["input_ids"]).to_numpy()
-            ids, *mask = (rows[name].flatten().to_numpy(zero_copy_only=False) for name in columns)
-            if mask:  # it is 0 where a row is padded
-                row = np.repeat(np.arange(len(lengths)), lengths)[mask[0] != 0]
-                ids, lengths = ids[mask[0] != 0], np.bincount(row, minlength=len(lengths))
-            yield ids, lengths
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
 
 
 def read_domain(entry, paths, tokenizer, bare):
@@ -136,7 +110,7 @@ def read_domain(entry, paths, tokenizer, bare):
         if BESIDE.search(path.name):
             continue
         if not DATA.search(path.name):
-            raise UserError(f"{path}: unknown file type; expected .bin (ids without a header), .ds or .parquet")
+            raise UserError(f"{path}: unknown file type; expected .bin (ids without a header) or .ds; text: prepare.py")
         held_out = [found for part in path.relative_to(entry).parts for found in HELD_OUT.findall(part)]
         if not held_out:
             train.append(inspect(path, bare))
@@ -158,11 +132,7 @@ def linked_type(train):
 def copy(sources, file_name, tokenizer, dtype):
     with open(file_name, "wb") as file:
         for source in sources:
-            if source.path.suffix == ".parquet":
-                blocks = (ids for ids, _ in read_parquet(source.path))
-            else:
-                blocks = blocks_of(source.ids())
-            for ids in blocks:
+            for ids in blocks_of(source.ids()):
                 check_ids(ids, tokenizer, source.path)  # before a narrower type could wrap them around
                 file.write(ids.astype(dtype).data)
 
@@ -176,19 +146,19 @@ def check_ids(ids, tokenizer, path):
 
 
 def check_marks(ids, sources, eot):
-    """Raise UserError where end of text is missing between documents, or pads rows."""
+    """Raise UserError where end of text is missing between documents, or is padding."""
     marks = twice = 0
     for block in blocks_of(ids):
         mark = block == eot
         marks += int(mark.sum())
         twice += int((mark[1:] & mark[:-1]).sum())
-    documents = sum(source.documents or 0 for source in sources)
+    documents = sum(source.documents for source in sources)
     if marks < 0.99 * documents:
         raise UserError(f"{sources[0].path}: end of text, id {eot}, occurs {marks:,} times in {documents:,} documents; "
                         "check --tokenizer, or tokenize again with --append-eod")
     if twice > marks / 2:
         raise UserError(f"{sources[0].path}: {twice:,} of {marks:,} ends of text, id {eot}, follow another; cut off "
-                        "padding, or keep the attention_mask of rows")
+                        "the padding")
 
 
 def count_documents(ids, eot):
