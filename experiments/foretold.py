@@ -1,4 +1,4 @@
-"""Why nothing beats a temperature: a mixture's profit, foretold from its weights alone.
+"""Why nothing beats the simple rules: a mixture's profit, foretold from its weights alone.
 
     python -m experiments.foretold [FIGURE.png]     from experiments/results alone
 
