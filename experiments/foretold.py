@@ -2,8 +2,8 @@
 
     python -m experiments.foretold [FIGURE.png]     from experiments/results alone
 
-Give each domain one slope b: its loss falls by b when the log of its own share rises by 1. Fit b on the temperatures,
-from natural to uniform. Then -b log(weight / natural share) foretells every other mixture's change, domain by domain.
+Give each domain one slope s: its loss falls by s when the log of its own share rises by 1. Fit s on the temperatures,
+from natural to uniform. Then -s log(weight / natural share) foretells every other mixture's change, domain by domain.
 """
 
 import json
@@ -183,10 +183,10 @@ def draw(path, corpora):
                 foretold, measured = foretell(mixture, sets[corpus], runs)
                 panel.scatter(foretold, measured, 14, color=colour, marker=marker, alpha=0.8, label=kind)
         panel.axline((0, 0), slope=1, color="grey", linewidth=1, zorder=0)
-        panel.set(xlabel="foretold change of a domain's loss (nats)", ylabel="measured", title=corpus)
+        panel.set(xlabel="predicted change of a domain's loss from natural (nats)", ylabel="measured", title=corpus)
         by_label = dict(zip(*panel.get_legend_handles_labels()[::-1]))
         panel.legend(by_label.values(), by_label.keys(), fontsize=8)
-    figure.suptitle("One slope for each domain foretells what a mixture does to its loss", fontsize=11)
+    figure.suptitle("One slope for each domain predicts what a mixture does to its loss", fontsize=11)
     figure.savefig(path, dpi=110)
 
 

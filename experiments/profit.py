@@ -185,7 +185,9 @@ def draw(path, points, title):
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     centre = {mixture: delta.mean(axis=0) for mixture, delta in points.items()}
     front = np.array([centre[name] for name in FRONT if name in centre])
-    axes.plot(front[:, 1], front[:, 0], color="grey", marker="o", label="temperatures, 1 (natural) to 0 (uniform)")
+    axes.plot(front[:, 1], front[:, 0], color="grey", marker="o", label="natural, temperatures, uniform")
+    for name in (name for name in FRONT if name in centre):
+        axes.annotate(f" {LABELS[name]}", centre[name][::-1], va="bottom", fontsize=8, color="dimgrey")
     for marker, mixture in zip("sD^vPX<", (name for name in points if name not in FRONT)):
         delta = points[mixture]
         error = delta.std(axis=0, ddof=1) if len(delta) > 1 else np.zeros(2)
@@ -194,6 +196,7 @@ def draw(path, points, title):
     axes.axhline(0, color="lightgrey", zorder=0)
     axes.axvline(0, color="lightgrey", zorder=0)
     figure.suptitle(title, fontsize=11, wrap=True)
+    axes.annotate("better in both", (0.02, 0.02), (0.05, 0.06), "axes fraction", arrowprops={"arrowstyle": "->"})
     axes.set(xlabel="token-weighted mean loss (nats), change from natural", ylabel="mean loss (nats), change")
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=110)

@@ -233,7 +233,7 @@ def draw(path, runs, clouds):
     middle.legend(fontsize=7)
     right.axline((0, 0), slope=1, color="grey", linewidth=0.8)
     right.set(xlabel="predicted without a proxy: (D - c) / b", ylabel="measured: log(alpha / r)",
-              title="References alone foretell the rest")
+              title="References alone predict the rest")
     figure.savefig(path, dpi=110)
 
 
