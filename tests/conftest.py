@@ -27,6 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from oracle import EXTRA_FLAGS
+
+from common.cli import flag_lines
 from common.files import folder_name, sample_sha256
 from common.run import FORMAT, SIGNALS, identity
 from common.tokenizer import load_tokenizer
@@ -37,6 +40,7 @@ VOCAB = 64
 TINY = ["--block_size=16", "--n_layer=1", "--n_head=2", "--n_kv_head=1", "--n_embd=16", "--n_ffn=32", "--batch_size=12",
         "--max_steps=12", "--log_interval=3", "--eval_interval=6", "--eval_windows=4", "--save_interval=4",
         "--no-compile"]
+EXTRA = flag_lines(SimpleNamespace(**EXTRA_FLAGS)).split()  # of a rule of yours
 TRAINING = [flag for flag in TINY if not flag.startswith(("--block_size", "--n_"))]  # what a proxy does not inherit
 
 

@@ -8,9 +8,9 @@ import math
 
 import torch
 
-# For a rule of yours behind a flag of train_doremi.py: {"name": value}. test_exactness.py gives these to the product
-# and to the oracle, which finds them in `flags`. Leave it empty, and the same tests prove that your defaults change
-# nothing.
+# For a rule of yours behind a flag of train_doremi.py: {"name": value}. test_exactness.py and test_resume.py give these
+# to the product, and to the oracle, which finds them in `flags`. Leave it empty, and the same tests prove that your
+# defaults change nothing.
 EXTRA_FLAGS = {}
 
 

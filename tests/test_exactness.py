@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, VOCAB, draw, markov_dataset, read_alpha, read_metrics
+from conftest import EXTRA, ROOT, VOCAB, draw, markov_dataset, read_alpha, read_metrics
 from forked import distance, run_forked
 from oracle import EXTRA_FLAGS, doremi
 
@@ -63,8 +63,7 @@ def run_proxy(directory, case, ranks, micro_batch_size, launch=run_forked, **opt
     out = directory / f"proxy{next(NUMBERS)}"
     launch("train_doremi.py", f"--reference={directory}/reference", f"--out_dir={out}", *FLAGS, "--seed=7",
            f"--max_steps={STEPS}", "--smoothing=0.01", f"--sampling_weights={SAMPLING[case]}",
-           f"--micro_batch_size={micro_batch_size}", "--grad_clip=2",
-           *(f"--{name}={value}" for name, value in EXTRA_FLAGS.items()), ranks=ranks, **options)
+           f"--micro_batch_size={micro_batch_size}", "--grad_clip=2", *EXTRA, ranks=ranks, **options)
     metrics = [line for line in read_metrics(out) if "loss" in line]
     alpha = read_alpha(out)
     assert len(alpha) == STEPS

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TRAINING, read_metrics
+from conftest import EXTRA, ROOT, TINY, TRAINING, read_metrics
 from forked import Job, distance, run_forked
 
 TIMINGS = ("tokens_per_second", "mfu", "seconds")
@@ -23,7 +23,8 @@ def script_flags(script, world, dtype):
     """The flags of each script but --out_dir; `world` holds the data set and a reference."""
     common = [f"--data_dir={world}/data", "--seed=2", "--log_interval=2"]
     if script == "train_doremi.py":  # skewed: the lambda of an absent domain has to survive
-        return [*TRAINING, *common, f"--reference={world}/reference-{dtype}", "--sampling_weights=0.6,0.36,0.02,0.02"]
+        return [*TRAINING, *EXTRA, *common, f"--reference={world}/reference-{dtype}",
+                "--sampling_weights=0.6,0.36,0.02,0.02"]
     return [*TINY, *common, f"--dtype={dtype}", "--sampling_weights=0.4,0.3,0.2,0.1"]
 
 
