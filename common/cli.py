@@ -146,32 +146,21 @@ def path(text):
     return os.path.expanduser(text)
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive whole number")
-    return value
+def number(kind, fits, meaning):
+    """A type of argparse: int or float, which fits."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not {meaning}")
+
+    return parse
 
 
-def natural(text):
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{value} is not a whole number from 0 to 2**63 - 1")
-    return value
-
-
-def non_negative(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{value} is not a finite number >= 0")
-    return value
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not in [0, 1)")
-    return value
+positive = number(int, lambda n: n > 0, "a positive whole number")
+natural = number(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
+non_negative = number(float, lambda x: 0 <= x < math.inf, "a finite number >= 0")
+fraction = number(float, lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 def check_same(names, found, remedy):
