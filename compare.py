@@ -255,21 +255,17 @@ def draw_changes(axes, groups, measure):
 
 
 def draw_curves(axes, curves, column):
-    """One of the SUMMARIES over the steps, and the step at which each group passes the baseline's last value."""
+    """Draw one of the SUMMARIES over the steps, with a line at the baseline's last value."""
     means = [curve.loss[..., column].mean(axis=0) for curve in curves]  # (N,) each
-    target, handles = means[0][-1], []
-    axes.axhline(target, color="0.45", linewidth=0.8, linestyle=":")
-    for i, (curve, mean, look) in enumerate(zip(curves, means, looks(len(curves) - 1))):
-        sd, passed = deviation(curve.loss[..., column]), tokens_to_reach(curve.step, mean, target)
+    handles = []
+    axes.axhline(means[0][-1], color="0.45", linewidth=0.8, linestyle=":")
+    for curve, mean, look in zip(curves, means, looks(len(curves) - 1)):
+        sd = deviation(curve.loss[..., column])
         axes.fill_between(curve.step, mean - sd, mean + sd, color=look["color"], alpha=0.15, linewidth=0)
         handles += axes.plot(curve.step, mean, markevery=[-1], **look)
-        if i > 0 and len(curves) < 8 and not np.isnan(passed):
-            axes.axvline(passed, ymax=0.07 * i, color=look["color"])
-            axes.text(passed, 0.07 * i - 0.05, f"{passed:.0f} ", transform=axes.get_xaxis_transform(), ha="right",
-                      fontsize=8, color=look["color"])  # one above the other, where steps are close
     top = max(mean[np.searchsorted(curve.step, curve.step[-1] / 4)] for curve, mean in zip(curves, means))
     low = min(map(np.min, means))
-    axes.set(xlim=(0, None), ylim=(low - 0.35 * max(top - low, 1e-3), top),  # the steep start is above the top
+    axes.set(xlim=(0, None), ylim=(low - 0.05 * max(top - low, 1e-3), top),  # the steep start is above the top
              xlabel="step", title=f"held-out loss, {SUMMARIES[column]} (nats per token)")
     return handles
 
