@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, figures
-from common.cli import UserError
-from common.run import check_same, identity, load_finished, read_metrics
+from common.cli import UserError, check_same
+from common.run import identity, load_finished, read_metrics
 
 SUMMARIES = ("mean", "token-weighted mean", "worst domain")
 MEAN, WEIGHTED, WORST = -3, -2, -1  # their places among the losses

@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 import compare
 from common import cli, figures, ranks
-from common.cli import UserError
+from common.cli import UserError, check_same
 from common.files import write_atomically
-from common.run import check_same, fingerprint
 from common.tokenizer import SPAN, data_tokenizer, optional
 from model import Transformer
 from sampler import folder_name, load_dataset
@@ -295,7 +294,7 @@ def score_all(groups, jobs, folders, device):
     known, todo, total = {}, [], 0
     for group in groups:
         for run, parameters in zip(group.paths, group.parameters):
-            checkpoint = fingerprint(Transformer.load(group.config, parameters, torch.float32))
+            checkpoint = Transformer.load(group.config, parameters, torch.float32).fingerprint()
             known[run] = [job.known(folders[run], checkpoint) for job in jobs]
             for job, content in zip(jobs, known[run]):
                 if names := [name for name in job.parts if name not in content["parts"]]:

@@ -9,6 +9,7 @@ Parameters are kept in float32 and cast to the compute dtype where they are used
 compute dtype gives the same losses to the bit, without the casts.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -255,6 +256,13 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, self.rotary)
         return TokenLoss.apply(self.norm(x), self.embedding.weight, targets, self.loss, self.gradients)
+
+    def fingerprint(self):
+        """Hex digest of the parameters as they are stored."""
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def loss_chunks(self, tokens, device):
         """Into how many chunks the loss of so many tokens is cut."""

@@ -15,7 +15,7 @@ import torch
 from common import cli, ranks
 from common.cli import UserError
 from common.files import write_atomically
-from common.run import Run, add_machine_flags, fingerprint, load_finished, read_config
+from common.run import Run, add_machine_flags, load_finished, read_config
 from model import ModelConfig, Transformer
 from sampler import Sampler, domain_sums, load_dataset, sampling_weights
 from train_reference import adamw, add_optimization_flags, held_out_loss, resolve_recipe, set_learning_rate
@@ -103,7 +103,7 @@ def train(args):
     # What this experiment is: --resume compares it. Record here whatever else changes the batches or the updates
     config = {"stage": "proxy", "model": vars(model_config), "n_params": model.n_params(), **dataset.describe(weights)}
     config["reference"] = {"out_dir": args.reference, "sampling_weights": origin["sampling_weights"],
-                           "fingerprint": fingerprint(reference),
+                           "fingerprint": reference.fingerprint(),
                            **{name: origin["flags"][name] for name in ("seed", "max_steps", "batch_size")}}
     run = Run(args, machine, config, tokens_per_step, flops_per_token)
 

@@ -147,7 +147,7 @@ def path(text):
 
 
 def number(kind, fits, meaning):
-    """A type of argparse: int or float, which fits."""
+    """Return a type for argparse: numbers of this kind for which fits(number) is true."""
     def parse(text):
         with contextlib.suppress(ValueError):
             if fits(value := kind(text)):

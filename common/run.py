@@ -5,7 +5,6 @@ Everything here would be the same in any project: it knows neither models nor do
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -443,11 +442,3 @@ def load_finished(out_dir, stages):
 def finite(value):
     """Return a float as JSON can have it: None in place of NaN and infinities."""
     return float(value) if math.isfinite(value) else None
-
-
-def fingerprint(model):
-    """Hex digest of a model's parameters as they are stored."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode() + parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
