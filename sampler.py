@@ -181,8 +181,8 @@ def one_mixture(spec, dataset, planned_tokens):
         else:
             weights = np.array([float(part) for part in spec.split(",")])
     except ValueError as error:
-        raise UserError(f"'{spec}' is no mixture ({error}); expected uniform, token_count, temperature:P, unimax:EPOCHS, "
-                        "FILE.json, numbers in the order of meta.json, or uniform+token_count: their mean") from None
+        raise UserError(f"'{spec}' is no mixture ({error}); expected uniform, token_count, temperature:P, "
+                        "unimax:EPOCHS, FILE.json, numbers in meta.json's order, or A+B, a mean of these") from None
     if len(weights) != k:
         raise UserError(f"'{spec}' has {len(weights)} weights, but {dataset.directory} has {k} domains: "
                         f"{', '.join(dataset.domains)}")
