@@ -6,7 +6,8 @@ next    python evaluate.py RUN RUN     all held-out windows, other text, tasks
 
 Runs that differ in the seed alone form one group, shown as mean and standard deviation; changes are paired by seed. A
 group is named by its mixture (natural, uniform, temperature P) where that tells the groups apart, otherwise by its
-first directory without the seed: large-doremi-s1 gives large-doremi.
+first directory without the seed: large-doremi-s1 gives large-doremi. The speed-up is the baseline's tokens over those
+that a run needs to reach the baseline's last mean loss.
 
 Dimensions: S seeds of a group, N evaluations in training, P parts (domains or tasks), R rows: parts, then summaries.
 """
