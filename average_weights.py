@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from common import cli, figures
-from common.cli import UserError
+from common.cli import UserError, check_same
 from common.files import write_atomically
-from common.run import check_same, identity, load_finished
+from common.run import identity, load_finished
 
 # Above these a run is too short. Ours: 0.42 or more at 400 steps, 0.18 or less at 6,400; 0.5 at 300, 0.3 at 3,000
 HALVES, WANDER = 0.3, 0.4
