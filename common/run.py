@@ -244,7 +244,8 @@ class Run:
 
     def write(self, line):
         line = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in line.items()}
-        line = {name: finite(value) if isinstance(value, float) else value for name, value in line.items()}
+        bad = [name for name, value in line.items() if isinstance(value, float) and not math.isfinite(value)]
+        line |= dict.fromkeys(bad)  # JSON has neither NaN nor infinity
         self.append(json.dumps(line) + "\n")
         if self.wandb:
             self.wandb.log(slashed(line), step=line["step"])
@@ -437,8 +438,3 @@ def load_finished(out_dir, stages):
     check_same([f"{out_dir}/config.json", f"{out_dir}/ckpt.pt"], [identity(config), checkpoint["identity"]],
                "they are of two runs, or one was edited: train again")
     return config, checkpoint
-
-
-def finite(value):
-    """Return a float as JSON can have it: None in place of NaN and infinities."""
-    return float(value) if math.isfinite(value) else None
