@@ -2,8 +2,8 @@
 
     python -m experiments.foretold [FIGURE.png]     from experiments/results alone
 
-Give each domain one slope s: its loss falls by s when the log of its own share rises by 1. Fit s on the temperatures,
-from natural to uniform. Then -s log(weight / natural share) foretells every other mixture's change, domain by domain.
+Give each domain one slope b: its loss falls by b when the log of its own share rises by 1. Fit b on the temperatures,
+from natural to uniform. Then -b log(weight / natural share) foretells every other mixture's change, domain by domain.
 """
 
 import json
